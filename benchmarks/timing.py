@@ -122,7 +122,7 @@ def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) 
 
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(args.threads)
-    find("keep_freed_memory", "processes", "device")()  # as commands do
+    find("keep_freed_memory", "cli.environment", "processes")()  # as commands do
     contenders = build(args)
     kept = {name: {"units": c.units, "info": c.info} for name, c in contenders.items()}
     print(json.dumps(kept), file=answers, flush=True)

@@ -28,7 +28,7 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     from tarflowlm.training.train import accumulate_gradients
 
     seeded = find("seeded", "model", "language_model")
-    find("keep_freed_memory", "processes", "device")()  # as commands do
+    find("keep_freed_memory", "cli.environment", "processes")()  # as commands do
     train = find("with_precision", "training.configure", "training.optim")(config.train, device)
     with seeded(config.seed):
         model = config.model_of_stage(stage).build()

@@ -54,8 +54,8 @@ def run(args: Args) -> None:
     from reproduction.judges import load_judge
     from reproduction.quality import SamplingConfig, measure_quality
     from tarflowlm.data import eval_windows
+    from tarflowlm.device import pick_device
     from tarflowlm.evaluation.scores import read_source
-    from tarflowlm.processes import pick_device
     from tarflowlm.terminal.bars import Bars, print_json
 
     sampling = SamplingConfig(

@@ -15,9 +15,9 @@ from reproduction.records import Records
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import build_tokenizer
+from tarflowlm.device import pick_device
 from tarflowlm.errors import Progress
 from tarflowlm.model import seeded
-from tarflowlm.processes import pick_device
 from tarflowlm.runs import SUMMARY
 from tarflowlm.training.configure import native_precision, with_precision
 from tarflowlm.training.directory import check_same, is_begun

@@ -14,6 +14,7 @@ from helpers import TEXT8, save_run, tiny_ar, tiny_flow
 from pretend_device import pretend
 from tarflowlm.baseline import TokenLM
 from tarflowlm.chunks import written_rows
+from tarflowlm.device import pick_device
 from tarflowlm.errors import Progress
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.flow.couplings import Coupling
@@ -22,7 +23,7 @@ from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.objective import importance_weighted_bound
 from tarflowlm.presets import preset
 from tarflowlm.pretrained import Pretrained
-from tarflowlm.processes import Processes, pick_device
+from tarflowlm.processes import Processes
 from tarflowlm.requests import Writing
 from tarflowlm_apps.lm_eval.scoring import TextScorer
 from tarflowlm_apps.studio.catalogue import Catalogue

@@ -30,7 +30,7 @@ APPLICATIONS = modules_below(APPS)
 
 LAYERS = """
     errors chunks | files schema | compiled | flow | model_config | config | options presets |
-    data | processes | building | model | baseline | objective | runs |
+    data | device | processes | building | model | baseline | objective | runs |
     requests | generation | evaluation | editing | training |
     terminal | pretrained | __init__ | cli | __main__
 """

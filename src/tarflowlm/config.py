@@ -23,7 +23,7 @@ from tarflowlm.schema import (
 )
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-"""Where to run; `processes.pick_device` resolves auto."""
+"""Where to run; `device.pick_device` resolves auto."""
 
 Decoder = Literal["steps", "sweeps", "auto"]
 """How a text is written: token by token, by inverting noise in parallel sweeps, or by the cheapest

@@ -21,6 +21,7 @@ from tarflowlm.config import (
 )
 from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
+from tarflowlm.device import pick_device
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood
@@ -30,7 +31,6 @@ from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.options import options_of, takes
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
-from tarflowlm.processes import pick_device
 from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference

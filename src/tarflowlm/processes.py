@@ -1,6 +1,5 @@
-"""The device of a command, and its processes, started by torchrun or by Ray Train and the like."""
+"""The processes of a command, started by torchrun or by Ray Train and the like."""
 
-import ctypes
 import gc
 import logging
 import os
@@ -8,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -18,76 +16,10 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.errors import UserError, first_line
-from tarflowlm.schema import check_type
+from tarflowlm.device import pick_device
+from tarflowlm.errors import UserError
 
 T = TypeVar("T")
-
-
-def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """A device of PyTorch, such as "cuda:1". UserError if it is missing.
-
-    auto takes cuda, then cpu. It never takes mps, because the numerics have not run there yet.
-    UserError for another default device than the CPU, where generators and tokens are.
-    """
-    wanted = "give auto, cpu or another device; the numbers stay in float32"
-    check_type(name, "device", (str, torch.device), wanted)
-    if torch.get_default_device().type != "cpu":
-        what = f"PyTorch's default device is {torch.get_default_device()}"
-        raise UserError(f"{what}: set it to cpu, and name the device where a model is loaded")
-    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = [*(kind for kind, found in is_there.items() if found), "cpu"]
-    usual = "cuda" if is_there["cuda"] else "cpu"
-    try:
-        found = torch.device(usual if name == "auto" else name)
-        own = int(os.environ.get("LOCAL_RANK", -1))
-        if found.type == "cuda" and found.index is None and 0 <= own < torch.cuda.device_count():
-            # first of all: whatever asks for "cuda" would take memory on the GPU of process 0
-            torch.cuda.set_device(own)
-        torch.empty(0, device=found)
-    except (TypeError, RuntimeError, AssertionError):
-        choice = ", ".join(["auto", *available])
-        raise UserError(f"device {name}: not on this machine, use one of {choice}") from None
-    return found
-
-
-@cache
-def compilation_problem(kind: str) -> str | None:
-    """The reason why torch.compile fails on a kind of device, in a line; None if it works."""
-    try:
-        torch.compile(lambda x: 2 * x + 1)(torch.ones(2, device=kind))
-    except Exception as error:  # of any type, for want of Triton, gcc or Python.h
-        return first_line(error)
-    return None
-
-
-@contextmanager
-def threads_for(rows: int) -> Iterator[None]:
-    """A context with one CPU thread for a single row, whose operations are too small to split."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if rows == 1 else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what this process frees, as commands do, which saves up to a third of
-    the time of sampling, and up to a twentieth of that of training.
-
-    From then on the process holds the most memory that it ever needed. glibc would give the end of
-    its heap back once 64 MiB are free there, and unmap a large block unless one of that size, up to
-    32 MiB, was freed before. Others have no such function.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    is_chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    if mallopt is not None and not is_chosen:
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its largest value
-
-
-# processes
 
 PATIENCE = timedelta(minutes=10)
 """The longest time that processes wait for one another in training."""

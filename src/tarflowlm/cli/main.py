@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import NoReturn
 
 import tarflowlm
+from tarflowlm.cli.environment import keep_freed_memory, settle_threads
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.config import TEXT8_ALPHABET
 from tarflowlm.errors import Stopped, UnknownCharacters, UserError, is_first_process, unknown
@@ -152,8 +152,7 @@ def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
     args = command.read(argv) if hasattr(command, "read") else parse(command.Args, argv, prog)
     settle_threads()
     with exit_on_interrupt():
-        # it takes seconds, since it imports torch
-        from tarflowlm.processes import keep_freed_memory
+        import torch  # noqa: F401  # which takes seconds
     keep_freed_memory()
     # at every save and load of a training state by a single process
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -185,28 +184,6 @@ def _import_named(argv: list[str]) -> list[str]:
 def command_module(name: str) -> ModuleType:
     """The module of a command."""
     return import_module(COMMANDS[name].split()[0])
-
-
-def settle_threads() -> None:
-    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment does.
-
-    If other programs want the cores, threads sleep, because spinning would cost up to two thirds of
-    the speed. On an idle machine they spin briefly, because sleeping would cost one third.
-    """
-    choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    # only Linux has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
-    load = Path("/proc/loadavg")
-    if not load.exists() or "torch" in sys.modules or any(name in os.environ for name in choices):
-        return
-    # a load average would count work that has just ended; this process does not count
-    looks = []
-    for _ in range(5):
-        looks.append(int(load.read_text(encoding="ascii").split()[3].split("/")[0]) - 1)
-        time.sleep(0.002)
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(limit) if limit.isdigit() else len(os.sched_getaffinity(0))
-    busy = min(looks) + threads > (os.cpu_count() or 1)
-    os.environ.update({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {"GOMP_SPINCOUNT": "20000"})
 
 
 def _end(status: int, message: str, *, everywhere: bool = False) -> NoReturn:

@@ -193,7 +193,7 @@ class Training(Json, OnDevice):
 
 def load_checkpoint(directory: Path | None, device: "DeviceName | torch.device") -> "Checkpoint":
     """The model in a directory, among the shipped ones or on the hub; without one the default."""
-    from tarflowlm.processes import pick_device
+    from tarflowlm.device import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.runs.hub import DEFAULT, FOLDER
 

@@ -45,8 +45,8 @@ class Args(Json, OnDevice, Seeded):
 def run(args: Args) -> None:
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.data import prepare_corpus, suited
+    from tarflowlm.device import pick_device
     from tarflowlm.generation.texts import Samples
-    from tarflowlm.processes import pick_device
     from tarflowlm.requests import Writing
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.runs.records import read_record

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.data.windows import spans
+from tarflowlm.device import threads_for
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.decoder import Drawing
@@ -30,7 +31,6 @@ from tarflowlm.generation.sampling import (
     num_leading,
 )
 from tarflowlm.model import LanguageModel, TarFlowLM
-from tarflowlm.processes import threads_for
 
 
 class Writer:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
+from tarflowlm.device import compilation_problem, pick_device
 from tarflowlm.errors import UserError, command
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import Affine, BlockConfig, FlowConfig
-from tarflowlm.processes import compilation_problem, pick_device
 from tarflowlm.runs import (
     BEST,
     CONFIG,

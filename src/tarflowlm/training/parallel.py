@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tarflowlm.config import TrainConfig
+from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import LanguageModel, seeded
-from tarflowlm.processes import ALONE, Processes, compilation_problem
+from tarflowlm.processes import ALONE, Processes
 
 
 class NegativeBound(nn.Module):

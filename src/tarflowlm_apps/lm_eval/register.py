@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from tarflowlm.config import Normalization
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError, check_package, first_line
 from tarflowlm.model import LanguageModel
 from tarflowlm.pretrained import load
-from tarflowlm.processes import pick_device
 from tarflowlm.requests import Writing
 from tarflowlm.terminal.bars import Bars, print_notice
 from tarflowlm_apps.lm_eval.scoring import TextScorer

@@ -33,7 +33,7 @@ class Args(Json, OnDevice):
 
 
 def run(args: Args) -> None:
-    from tarflowlm.processes import pick_device
+    from tarflowlm.device import pick_device
     from tarflowlm_apps.report.report import write_report
 
     with Bars() as bars:

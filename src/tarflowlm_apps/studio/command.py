@@ -27,7 +27,7 @@ def run(args: Args) -> None:
     import threading
     from contextlib import suppress
 
-    from tarflowlm.processes import pick_device
+    from tarflowlm.device import pick_device
     from tarflowlm_apps.studio.catalogue import Catalogue
     from tarflowlm_apps.studio.server import serving
 
