@@ -60,7 +60,7 @@ def run(args: Args) -> None:
     from tarflowlm.config import DataConfig
     from tarflowlm.data.corpus import is_prepared
     from tarflowlm.data.sources import resolve_source
-    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
+    from tarflowlm.terminal.bars import Bars, print_json, print_table
 
     if args.name not in (*RECIPES, ALL):
         raise unknown("recipe", args.name, (*RECIPES, ALL))
@@ -94,8 +94,7 @@ def run(args: Args) -> None:
         state_of(args, training, records)
     results = []
     for recipe in recipes:
-        reporter = ProgressReporter()
-        with reporter:
+        with Bars(keep=True) as reporter:
             finished = finish(args, plans[recipe.name], reporter, stop_on_signals)
         with Bars() as bars:
             finished = [replace(done, progress=bars) for done in finished]

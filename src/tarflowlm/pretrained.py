@@ -320,11 +320,11 @@ def resume(out: str | Path, *, device: str = "auto") -> Pretrained[LanguageModel
 def _trained(
     run: RunConfig | None, out: str | Path, device: str, parent: Checkpoint | None
 ) -> Pretrained[LanguageModel]:
-    from tarflowlm.terminal.bars import ProgressReporter
+    from tarflowlm.terminal.bars import Bars
     from tarflowlm.training import train as training
 
     check_type(out, "out", (str, os.PathLike), "give the directory to write")
-    with ProgressReporter() as reporter:
+    with Bars(keep=True) as reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from tarflowlm.terminal.bars import Bars, NoticeHandler, ProgressReporter, print_notice
+from tarflowlm.terminal.bars import Bars, NoticeHandler, print_notice
 
 TRAIN = {"split": "train", "step": 1520, "bpc": 2.3114, "tokens_per_second": 6945.2}
 
@@ -66,7 +66,7 @@ def test_a_line_comes_soon_and_then_every_half_minute(lines, clock):
 @pytest.mark.parametrize("width", [130, 80, 60])
 def test_a_terminal_shows_a_bar_that_fits(width, clock):
     console = Console(file=Terminal(), width=width, force_terminal=True)
-    with ProgressReporter(console=console, clock=clock) as reporter:
+    with Bars(keep=True, console=console, clock=clock) as reporter:
         for index in range(2):
             reporter.stage(f"stage {index + 1}/3: block {index + 1} mixd", 2600)
             work(reporter, clock, 200, 0.25)
@@ -101,7 +101,7 @@ VALID = {"split": "valid", "step": 40, "bpc": 2.5, "text": "Once\nupon \x1b[31ma
 
 
 def test_a_text_of_a_run_is_one_line_in_a_log(capsys, clock):
-    with ProgressReporter(console=Console(file=io.StringIO()), clock=clock) as reporter:
+    with Bars(keep=True, console=Console(file=io.StringIO()), clock=clock) as reporter:
         reporter.stage("block 1 mixd", 100)
         reporter.record(VALID)
     (line,) = capsys.readouterr().err.splitlines()
@@ -112,7 +112,7 @@ def test_a_text_of_a_run_is_one_line_in_a_log(capsys, clock):
 def test_a_text_of_a_run_is_one_line_above_the_bar(clock):
     file = Terminal()
     console = Console(file=file, width=60, force_terminal=True, color_system=None)
-    with ProgressReporter(console=console, clock=clock) as reporter:
+    with Bars(keep=True, console=console, clock=clock) as reporter:
         reporter.stage("block 1 mixd", 100)
         reporter.record(VALID)
     shown = [line for line in file.getvalue().splitlines() if "Once upon" in line]

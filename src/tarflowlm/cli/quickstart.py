@@ -16,7 +16,6 @@ from tarflowlm.presets import preset
 from tarflowlm.schema import Positive
 from tarflowlm.terminal.bars import (
     Bars,
-    ProgressReporter,
     print_json,
     print_notice,
     print_table,
@@ -61,7 +60,7 @@ def run(args: Args) -> None:
     config = replace(preset("quickstart"), seed=args.seed)
     # before reading the text, which takes long
     args.out.mkdir(parents=True, exist_ok=True)
-    with ProgressReporter() as reporter:
+    with Bars(keep=True) as reporter:
         corpus = prepare_corpus(suited(config.data), progress=reporter)
         baselines = baselines_on(corpus.tokenizer.decode(corpus.split("test").tolist()))
         spent = (time.perf_counter() - start) / 60

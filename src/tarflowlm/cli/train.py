@@ -173,11 +173,11 @@ def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":
     """The summary of the run that the options name; None in all processes but the first."""
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.processes import launched
-    from tarflowlm.terminal.bars import ProgressReporter
+    from tarflowlm.terminal.bars import Bars
     from tarflowlm.training.configure import tuning
     from tarflowlm.training.train import train
 
-    with launched(args.device) as processes, ProgressReporter() as reporter:
+    with launched(args.device) as processes, Bars(keep=True) as reporter:
         if processes.world > 1:
             gc.disable()  # `train` collects, so that no process holds up the others
         config = args.configured() if isinstance(args, Args) else None

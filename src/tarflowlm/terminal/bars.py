@@ -107,19 +107,22 @@ class _Numbers(ProgressColumn):
 
 
 class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
-    """The `Progress` of the command line, one stage of work after the other, as a context."""
+    """The `Progress` of the command line, one stage of work after the other, as a context.
 
-    keep = False
-    """Whether the bars stay on the screen when their work is done."""
+    A training run, which writes lines of metrics, also shows its step, bits per character and
+    speed. Bars to `keep` stay on the screen when their work is done.
+    """
 
     def __init__(
         self,
         stage: str = "",
         total: int | None = None,
         *,
+        keep: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.keep = keep
         self.console = console or Console(stderr=True)
         self.clock = clock
         # FORCE_COLOR makes rich take a pipe for a terminal
@@ -137,10 +140,11 @@ class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
             left,
             console=self.console,
             get_time=clock,
-            transient=not self.keep,
+            transient=not keep,
             disable=not self.is_live,
         )
         self._task: TaskID | None = None
+        self._step = 0
         if stage:
             self.stage(stage, total)
 
@@ -161,38 +165,13 @@ class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
         self._due = self.clock() + 3.0  # the first line of a stage in a log file, and ...
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units of the current stage are done."""
+        """`count` more units of the current stage are done; in a training run, by one more step."""
         assert self._task is not None
+        self._step += 1
+        if self.progress.tasks[-1].fields["details"]:
+            self.progress.update(self._task, count=f"step {self._step:,}")
         self.progress.advance(self._task, count)
         self._show()
-
-    def _show(self) -> None:
-        """Draw the bar, or write a line to a log file when one is due."""
-        self.progress.start()
-        task = self.progress.tasks[-1]
-        if self.is_live or self.clock() < self._due or task.finished:
-            return
-        self._due = self.clock() + 30.0  # ... the next
-        line = f"{task.description}: {self._numbers.render(task)}"
-        if task.time_remaining is not None:
-            # a longer time has no timedelta
-            seconds = min(int(task.time_remaining), 10**10)
-            line += f", {timedelta(seconds=seconds)} left"
-        print_notice(line)
-
-
-class ProgressReporter(Bars):
-    """The parts of a training run: share done, bits per character, speed and the time left."""
-
-    keep = True
-    _step = 0
-
-    def advance(self, count: int = 1) -> None:
-        """One more step is done, which is `count` units of the stage."""
-        self._step += 1
-        if self._task is not None and self.progress.tasks[-1].fields["details"]:
-            self.progress.update(self._task, count=f"step {self._step:,}")
-        super().advance(count)
 
     def record(self, record: errors.Record) -> None:
         """Show the numbers of a line of metrics.jsonl."""
@@ -221,3 +200,17 @@ class ProgressReporter(Bars):
         else:
             line.truncate(100, overflow="ellipsis")
             print_notice(line.plain)
+
+    def _show(self) -> None:
+        """Draw the bar, or write a line to a log file when one is due."""
+        self.progress.start()
+        task = self.progress.tasks[-1]
+        if self.is_live or self.clock() < self._due or task.finished:
+            return
+        self._due = self.clock() + 30.0  # ... the next
+        line = f"{task.description}: {self._numbers.render(task)}"
+        if task.time_remaining is not None:
+            # a longer time has no timedelta
+            seconds = min(int(task.time_remaining), 10**10)
+            line += f", {timedelta(seconds=seconds)} left"
+        print_notice(line)
