@@ -10,9 +10,9 @@ import tyro
 
 from tarflowlm.cli.main import main, run_command
 from tarflowlm.cli.options import Json
-from tarflowlm.cli.quickstart import baselines_on
 from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.data import prepare_corpus, suited
+from tarflowlm.evaluation.ngrams import baselines_on
 from tarflowlm.options import arg
 from tarflowlm.presets import preset
 from tarflowlm.schema import Count

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from helpers import prepared
 from reproduction.ngrams import KneserNey, count
-from tarflowlm.cli.quickstart import ngram_entropy
 from tarflowlm.data import TokenizerConfig
+from tarflowlm.evaluation.ngrams import ngram_entropy
 
 
 def conditionals(model: KneserNey, history: tuple[int, ...]) -> list[float]:
