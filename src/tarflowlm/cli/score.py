@@ -70,13 +70,11 @@ def run(args: Args) -> None:
             print_notice(f"{name}: {found[-1].notice}")
     if found[0].text != found[-1].text:
         print_notice(f"{' and '.join(names)} read different texts: their bits do not compare")
-    if not args.json:
+    if args.json:
+        first, *second = map(_to_json, names, found, [request.samples] * len(found))
+        print_json(first | ({"baseline": second[0]} if second else {}))
+    else:
         _print(names, found, request.samples)
-        return
-    results = [
-        _to_json(name, scored, request.samples) for name, scored in zip(names, found, strict=True)
-    ]
-    print_json(results[0] if len(results) == 1 else results[0] | {"baseline": results[1]})
 
 
 def _score_lines(args: Args, source: str) -> None:
@@ -95,12 +93,10 @@ def _score_lines(args: Args, source: str) -> None:
         name = shown_name(args.directory, lm.directory)
         how = args.score.normalize
         texts = check_lines(lines, source, lambda text: read(lm.tokenizer, text, normalize=how))
-        own = texts[processes.rank :: processes.world]
-        found: list[Scores] = []
-        if own:
-            with Bars() as bars:
-                found = score_texts(replace(args.score, text=own), lm, bars)
-        results = (_to_json(name, scored, args.score.samples) for scored in found)
+        request = replace(args.score, text=texts[processes.rank :: processes.world])
+        with Bars() as bars:
+            found = score_texts(request, lm, bars)
+        results = (_to_json(name, scored, request.samples) for scored in found)
         for index, result in enumerate(processes.in_turn(results)):
             print_json({"index": index} | result)
 

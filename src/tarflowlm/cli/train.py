@@ -4,7 +4,7 @@ import gc
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -15,9 +15,6 @@ from tarflowlm.model_config import BlockConfig
 from tarflowlm.options import Count, Normalize, Number, Seeded, arg, flag
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
 from tarflowlm.schema import from_dict
-
-if TYPE_CHECKING:
-    from tarflowlm.runs.checkpoint import Summary
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
@@ -147,41 +144,21 @@ def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[st
 
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
-    from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.runs.checkpoint import import_words
-    from tarflowlm.terminal.bars import print_result, suggest
-
-    out = args.resume if isinstance(args, ResumeArgs) else args.out
-    assert out is not None
-    summary = _trained(args, out)
-    if summary is None:
-        return
-    test = summary["test"]
-    bound = f"{sign_of(test['bound'])} {test['bpc']:.4f} bits per character"
-    trunk = f"{summary['trunk_parameters']:,} of them in Transformers"
-    rows = [
-        ("test", f"{bound} ({test['bound']}, {test['tokens']:,} tokens)"),
-        ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
-        ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
-        ("parameters", f"{summary['parameters']:,}, {trunk}"),
-    ]
-    print_result(args.json, summary, summary["preset"], rows)
-    suggest("sample", out, *import_words(out))
-
-
-def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":
-    """The summary of the run that the options name; None in all processes but the first."""
     from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.processes import launched
-    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.runs.checkpoint import import_words
+    from tarflowlm.terminal.bars import Bars, print_result, suggest
     from tarflowlm.training.configure import tuning
     from tarflowlm.training.train import train
 
-    with launched(args.device) as processes, Bars(keep=True) as reporter:
+    out = args.resume if isinstance(args, ResumeArgs) else args.out
+    assert out is not None
+    config = args.configured() if isinstance(args, Args) else None
+    parent = None
+    with launched(args.device) as processes, Bars(keep=True) as bars:
         if processes.world > 1:
             gc.disable()  # `train` collects, so that no process holds up the others
-        config = args.configured() if isinstance(args, Args) else None
-        parent = None
         if isinstance(args, TuneArgs):
             with processes.first_alone():
                 parent = load_checkpoint(args.parent, "cpu")
@@ -199,9 +176,21 @@ def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":
             config,
             out,
             device=processes.device,
-            reporter=reporter,
+            reporter=bars,
             processes=processes,
             stop_requests=stop_on_signals,
             parent=parent,
         )
-    return summary if processes.first else None
+    if not processes.first:
+        return
+    test = summary["test"]
+    bound = f"{sign_of(test['bound'])} {test['bpc']:.4f} bits per character"
+    trunk = f"{summary['trunk_parameters']:,} of them in Transformers"
+    rows = [
+        ("test", f"{bound} ({test['bound']}, {test['tokens']:,} tokens)"),
+        ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
+        ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
+        ("parameters", f"{summary['parameters']:,}, {trunk}"),
+    ]
+    print_result(args.json, summary, summary["preset"], rows)
+    suggest("sample", out, *import_words(out))
