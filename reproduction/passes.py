@@ -19,8 +19,8 @@ from reproduction.tables import FAMILIES, PAPER_LIKELIHOOD
 from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset
-from tarflowlm.terminal.texts import Row as TextRow
-from tarflowlm.terminal.texts import Token, symbols
+from tarflowlm.terminal.tokens import Row as TextRow
+from tarflowlm.terminal.tokens import Token, symbols
 from tarflowlm_apps.grid import to_html
 from tarflowlm_apps.report.page import page_html, section_html
 from tarflowlm_apps.report.style import Figure, log_scale

@@ -10,7 +10,7 @@ from torch import Tensor
 from tarflowlm.flow.codebook import NoisyCodebook
 from tarflowlm.flow.numerics import component_finder
 from tarflowlm.model import TarFlowLM
-from tarflowlm.terminal.texts import Kind, Row, Token
+from tarflowlm.terminal.tokens import Kind, Row, Token
 
 LEGEND: dict[Kind, str] = {
     "noise": "noise",

@@ -2,7 +2,7 @@
 
 import re
 
-from tarflowlm.terminal.texts import Row, Token
+from tarflowlm.terminal.tokens import Row, Token
 from tarflowlm_apps.grid import LEGEND, spans, to_html
 
 HOSTILE = '<script>alert("1")</script>&amp;\'"'

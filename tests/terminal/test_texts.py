@@ -11,14 +11,8 @@ from tarflowlm.generation import Generation
 from tarflowlm.generation.sampling import Evidence
 from tarflowlm.generation.texts import Written
 from tarflowlm.pretrained import Pretrained
-from tarflowlm.terminal.texts import (
-    pass_rows,
-    print_samples,
-    symbols,
-    text_tokens,
-    trust,
-    visible,
-)
+from tarflowlm.terminal.texts import print_samples, trust
+from tarflowlm.terminal.tokens import pass_rows, symbols, text_tokens, visible
 
 
 def encode(text: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint, locate
 from tarflowlm.runs.hub import shown_name
 from tarflowlm.runs.records import RunRecord, read_record
-from tarflowlm.terminal.texts import pass_rows
+from tarflowlm.terminal.tokens import pass_rows
 from tarflowlm_apps.grid import div, noise_of, to_html
 from tarflowlm_apps.report.figures import AXES, CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm_apps.report.page import GENERATOR, page_html, picture_html, section_html

@@ -7,7 +7,7 @@ from tarflowlm.data.prompts import read
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError, counted
 from tarflowlm.requests import Edit
-from tarflowlm.terminal.texts import text_tokens
+from tarflowlm.terminal.tokens import text_tokens
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job

@@ -13,7 +13,7 @@ from torch import Tensor
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError, counted
 from tarflowlm.model import TarFlowLM
-from tarflowlm.terminal.texts import END, Row, Token, pass_rows
+from tarflowlm.terminal.tokens import END, Row, Token, pass_rows
 from tarflowlm_apps.grid import CSS, div, noise_of, spans, to_html
 
 STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from tarflowlm.evaluation.scores import Scores, score_texts
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Score
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.terminal.texts import Token, text_tokens, visible
+from tarflowlm.terminal.tokens import Token, text_tokens, visible
 from tarflowlm_apps.grid import div
 from tarflowlm_apps.studio import pieces, values
 from tarflowlm_apps.studio.catalogue import Catalogue

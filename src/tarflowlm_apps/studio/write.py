@@ -17,7 +17,8 @@ from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.terminal.texts import Token, text_tokens, trust, visible
+from tarflowlm.terminal.texts import trust
+from tarflowlm.terminal.tokens import Token, text_tokens, visible
 from tarflowlm_apps.grid import div
 from tarflowlm_apps.studio import pieces, values
 from tarflowlm_apps.studio.catalogue import Catalogue
