@@ -10,6 +10,7 @@ from tarflowlm.cli.options import Json
 from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.errors import is_first_process
 from tarflowlm.options import Unwrap, arg
+from tarflowlm.terminal.bars import Bars, print_result, suggest
 
 SOURCES = (
     "tales or stories (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
@@ -34,7 +35,6 @@ class Args(Json):
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus, suited
     from tarflowlm.data.text import SPLITS
-    from tarflowlm.terminal.bars import Bars, print_result, suggest
 
     if not is_first_process():
         return  # the first one writes, and its tokenizer uses all cores

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
+from rich.text import Text
 
 from tarflowlm.cli.compare import compare
 from tarflowlm.cli.options import Json
@@ -130,9 +132,7 @@ def _kind(model: Model) -> str:
 
 
 def _print_model(model: Model) -> None:
-    from rich.console import Console
     from rich.markdown import Markdown
-    from rich.text import Text
 
     layers = zip(model["blocks"], model["layers"], strict=True)
     blocks = [f"{block}: {counted(n, 'Transformer layer')}" for block, n in layers]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tarflowlm.cli.options import Json, OnDevice, load_checkpoint
+from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.ngrams import baselines_on
 from tarflowlm.options import Seeded, arg
@@ -72,7 +73,6 @@ def run(args: Args) -> None:
 
 def _train(args: Args, start: float) -> dict[str, Any]:
     """The figures of the new model and of simple ones, on the stories that it has not seen."""
-    from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.data import prepare_corpus, suited
     from tarflowlm.device import pick_device
     from tarflowlm.training.directory import is_begun

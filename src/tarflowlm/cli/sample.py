@@ -13,9 +13,12 @@ import tyro
 
 from tarflowlm import compiled
 from tarflowlm.cli.options import OfModel, check_lines, load_checkpoint, read_lines
+from tarflowlm.cli.signals import handled
 from tarflowlm.errors import UserError, counted
+from tarflowlm.files import json_line, new_lines
 from tarflowlm.options import File, Flag, arg
 from tarflowlm.requests import Writing
+from tarflowlm.terminal.bars import Bars, print_json, print_notice
 
 if TYPE_CHECKING:
     from tarflowlm.generation.texts import Samples, Written
@@ -51,8 +54,6 @@ class Args(OfModel):
 
 
 def run(args: Args) -> None:
-    from tarflowlm.cli.signals import handled
-    from tarflowlm.files import new_lines
     from tarflowlm.processes import LONG, launched
     from tarflowlm.terminal.texts import write_out
 
@@ -79,7 +80,6 @@ def run(args: Args) -> None:
 def _samples(args: Args, processes: "Processes") -> "Samples":
     """The samples that the command asks for, with texts as the model reads them."""
     from tarflowlm.generation.texts import Samples, plans
-    from tarflowlm.terminal.bars import print_notice
 
     writing = args.writing
     with processes.first_alone():  # it may have to be downloaded
@@ -112,8 +112,6 @@ def _samples(args: Args, processes: "Processes") -> "Samples":
 
 def _write(args: Args, samples: "Samples", out: TextIO | None) -> None:
     """Write all samples. An interrupt keeps the finished ones, and tells their number."""
-    from tarflowlm.files import json_line
-    from tarflowlm.terminal.bars import Bars, print_json
     from tarflowlm.terminal.texts import print_samples
 
     start = time.perf_counter()

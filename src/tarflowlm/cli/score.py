@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
+from rich.console import Console
+from rich.text import Text
 
 from tarflowlm.cli.options import OfModel, check_lines, load_checkpoint, read_lines, read_source
 from tarflowlm.errors import UserError
 from tarflowlm.options import File, arg
 from tarflowlm.requests import Score
 from tarflowlm.runs.hub import shown_name
+from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tarflowlm.evaluation.scores import Scores
 
 COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
@@ -51,7 +52,6 @@ class Args(OfModel):
 
 def run(args: Args) -> None:
     from tarflowlm.evaluation.scores import score_texts
-    from tarflowlm.terminal.bars import Bars, print_json, print_notice
 
     if args.texts is not None:
         _score_lines(args, args.texts)
@@ -82,7 +82,6 @@ def _score_lines(args: Args, source: str) -> None:
     from tarflowlm.data.prompts import read
     from tarflowlm.evaluation.scores import score_texts
     from tarflowlm.processes import LONG, launched
-    from tarflowlm.terminal.bars import Bars, print_json
 
     lines = read_lines(source)
     if not lines:
@@ -122,10 +121,6 @@ def _to_json(name: str, scored: "Scores", samples: int) -> dict[str, object]:
 
 def _print(names: Sequence[str], found: "Sequence[Scores]", samples: int) -> None:
     """The tokens, and a table of the whole text."""
-    from rich.console import Console
-
-    from tarflowlm.terminal.bars import print_table
-
     console = Console()
     if console.is_terminal:
         for name, one in zip(names, found, strict=True):
@@ -154,10 +149,8 @@ def _print_lines(names: Sequence[str], found: "Sequence[Scores]") -> None:
         sys.stdout.write("\t".join(row) + "\n")
 
 
-def _print_colours(console: "Console", name: str, scored: "Scores") -> None:
+def _print_colours(console: Console, name: str, scored: "Scores") -> None:
     """The text coloured by the bits of its tokens, below a title with the colours."""
-    from rich.text import Text
-
     title = Text(f"{name}, bits per token: ", style="bold")
     for least, colour in COLOURS.items():
         title.append(f"from {least}  ", colour)

@@ -9,12 +9,14 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.cli.options import Json, OnDevice, Training, load_checkpoint, parse
+from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BlockConfig
 from tarflowlm.options import Count, Normalize, Number, Seeded, arg, flag
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
 from tarflowlm.schema import from_dict
+from tarflowlm.terminal.bars import Bars, print_result, print_table, suggest
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
@@ -83,8 +85,6 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
     Help ends the process.
     """
     if argv[:1] in (["-h"], ["--help"]):
-        from tarflowlm.terminal.bars import print_table
-
         rows = [(name, one.help) for name, one in PRESETS.items()]
         print_table(USAGE, rows)
         raise SystemExit
@@ -144,11 +144,9 @@ def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[st
 
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
-    from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.processes import launched
     from tarflowlm.runs.checkpoint import import_words
-    from tarflowlm.terminal.bars import Bars, print_result, suggest
     from tarflowlm.training.configure import tuning
     from tarflowlm.training.train import train
 
