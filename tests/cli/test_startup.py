@@ -96,13 +96,13 @@ def test_errors_cost_one_line(run, model, monkeypatch, error, status, said):
     def fail(*_args: object, **_more: object) -> None:
         raise error
 
-    monkeypatch.setattr("tarflowlm.generation.texts.write", fail)
+    monkeypatch.setattr("tarflowlm.generation.texts.Writer", fail)
     done = run("sample", model)
     assert (done.status, done.err.count("\n")) == (status, 1)
     assert done.err.startswith(f"tarflowlm: {said}")
 
 
 def test_a_bug_brings_its_traceback(run, model, monkeypatch):
-    monkeypatch.setattr("tarflowlm.generation.texts.write", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("tarflowlm.generation.texts.Writer", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("sample", model)
