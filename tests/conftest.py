@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from helpers import FLOW, TRUNK, save_run, tiny_flow
-from tarflowlm import compiled
+from tarflowlm import compiled, flow
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.flow.numerics import reference
 from tarflowlm.model_config import BaselineConfig
@@ -59,6 +59,12 @@ def compiled_functions(tmp_path_factory) -> Path:
 def compiled_steps(compiled_functions, monkeypatch):
     """Texts are written by compiled steps."""
     monkeypatch.setattr(compiled, "folder", lambda: compiled_functions)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The numerics take the path of accelerators, on a CPU."""
+    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tarflowlm
 from helpers import stack
-from tarflowlm import device, flow
+from tarflowlm import device
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import normal, sweep
 from tarflowlm.model import TarFlowLM, seeded
@@ -42,6 +42,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("vocab_size", [27, pytest.param(100, marks=pytest.mark.nightly)])
 def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
     """By PyTorch's own table, for the paths of accelerators without float64: training, inverse,
@@ -60,7 +61,6 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
         keys, other = ",".join(entry.get("dispatch", {})), entry.get("structured_delegate")
         return "MPS" in keys or "Composite" in keys or (has_kernel(other) if other else not keys)
 
-    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
     for module in (normal, sweep, sys.modules["tarflowlm.flow.codebook"]):
         monkeypatch.setattr(module, "wide_dtype", lambda like: torch.float32)
     blocks, trunk = (

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import TRUNK, stack
-from tarflowlm import chunks, flow
+from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.model import TarFlowLM, seeded
@@ -96,10 +96,10 @@ def test_the_block_above(model, tokens, noise, frozen):
     assert largest(step) <= HELD < BATCH * LENGTH * VOCABULARY
 
 
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("frozen", [1, 0], ids=["stage 2", "joint"])
 def test_the_block_above_on_an_accelerator(model, tokens, noise, frozen, monkeypatch):
     """Its log-space path, with chunks as much smaller as the batch is here."""
-    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
     limit = 4 * VOCABULARY
     monkeypatch.setattr(chunks, "HELD_ACCELERATOR", limit)
     monkeypatch.setattr(chunks, "HELD_CPU", limit)

@@ -28,11 +28,6 @@ from tarflowlm.flow.numerics import (
 )
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
-
-
 def separated(rows, components, dim, separation):
     """u, log_w, mean, log_std of codes so many standard deviations apart."""
     u, log_w, mean, _ = codebook_case(rows, components, dim, 0, torch.float32)
