@@ -15,7 +15,7 @@ from itertools import islice
 
 import tarflowlm
 from tarflowlm.data.sources import Tales
-from tarflowlm.data.text import split_of_document
+from tarflowlm.data.splits import split_of_document
 
 NUM = 10
 SENTENCE = re.compile(r"""[^"'_]{46,89}""")

@@ -16,7 +16,7 @@ import numpy as np
 
 from tarflowlm.data import Corpus, Tokenizer, TokenizerConfig, build_tokenizer, open_corpus
 from tarflowlm.data.corpus import META, VERSION, Meta, SplitMeta
-from tarflowlm.data.text import SPLITS, Split
+from tarflowlm.data.splits import SPLITS, Split
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, write_json

@@ -17,7 +17,7 @@ from tarflowlm.data import (
     load_tokenizer,
 )
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.text import text_pieces
+from tarflowlm.data.reading import text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError
 
 CASED = (

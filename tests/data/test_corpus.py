@@ -18,7 +18,7 @@ from tarflowlm.data import (
     open_corpus,
 )
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.text import SPLITS
+from tarflowlm.data.splits import SPLITS
 from tarflowlm.errors import Progress, UserError
 
 CHARS = TokenizerConfig()

@@ -20,7 +20,8 @@ from tarflowlm.data import (
     windows,
 )
 from tarflowlm.data import corpus as corpus_module
-from tarflowlm.data.text import SEPARATOR, SPLITS
+from tarflowlm.data.splits import SPLITS
+from tarflowlm.data.tokenizer import SEPARATOR
 from tarflowlm.errors import UserError
 
 OPEN = TokenizerConfig(normalize="auto")

@@ -12,7 +12,7 @@ from helpers import prepared
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.sources import resolve_source, sources_dir
-from tarflowlm.data.text import SPLITS, cut_in_three, fair_shares, split_of_document
+from tarflowlm.data.splits import SPLITS, cut_in_three, fair_shares, split_of_document
 from tarflowlm.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -126,7 +126,7 @@ def test_a_corpus_may_be_put_into_the_folder_where_one_is(folder, tmp_path, monk
 
 
 def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tarflowlm.data.text.LARGEST", 30)
+    monkeypatch.setattr("tarflowlm.data.splits.LARGEST", 30)
     text = "".join(map(chr, range(100, 1100)))
     sizes = [len(piece.text) for piece in cut_in_three([text], 1000)]
     assert sizes == [940, 30, 30]
@@ -136,7 +136,7 @@ def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
     places = {float(place) for place in range(100)}
     assert fair_shares(places, 300) == (90.0, 95.0)
     assert fair_shares(places, 3000) == (98.0, 99.0)
-    monkeypatch.setattr("tarflowlm.data.text.LARGEST", 300)
+    monkeypatch.setattr("tarflowlm.data.splits.LARGEST", 300)
     split = resolve_source(DataConfig(source=str(folder))).splitter()
     found = [split(str(number)) for number in range(4000)]
     share = 0.5 * 300 / sum(file.stat().st_size for file in folder.rglob("*.parquet"))

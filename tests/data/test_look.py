@@ -18,8 +18,10 @@ from tarflowlm.data import (
     prepare_corpus,
     suited,
 )
+from tarflowlm.data.normalize import is_wrapped, unwrapped
+from tarflowlm.data.reading import read_text
 from tarflowlm.data.sources import resolve_source
-from tarflowlm.data.text import SPLITS, is_wrapped, read_text, unwrapped
+from tarflowlm.data.splits import SPLITS
 from tarflowlm.errors import UserError
 
 CHARS = TokenizerConfig()

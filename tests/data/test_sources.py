@@ -23,8 +23,9 @@ from tarflowlm.data import (
     normalize_text8,
 )
 from tarflowlm.data.bpe import train_bpe
+from tarflowlm.data.reading import read_text
 from tarflowlm.data.sources import SEPARATOR, OpenWebText, Text8, resolve_source, sources_dir
-from tarflowlm.data.text import SPLITS, read_text, split_of_document
+from tarflowlm.data.splits import SPLITS, split_of_document
 from tarflowlm.errors import UserError
 
 CHARS = TokenizerConfig()

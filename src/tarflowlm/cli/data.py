@@ -34,7 +34,7 @@ class Args(Json):
 
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus, suited
-    from tarflowlm.data.text import SPLITS
+    from tarflowlm.data.splits import SPLITS
 
     if not is_first_process():
         return  # the first one writes, and its tokenizer uses all cores

@@ -4,8 +4,9 @@ from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import Corpus, encode_text, open_corpus, prepare_corpus
 from tarflowlm.data.look import look, suited
+from tarflowlm.data.normalize import normalize_text8
+from tarflowlm.data.reading import FIELD, read_text
 from tarflowlm.data.sources import SOURCE_NAMES
-from tarflowlm.data.text import FIELD, normalize_text8, read_text
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import WindowSampler, eval_windows, sliding_windows
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 
 from tarflowlm.config import Normalization, TokenizerConfig
-from tarflowlm.data.text import text_pieces
+from tarflowlm.data.reading import text_pieces
 from tarflowlm.data.tokenizer import (
     PIECE,
     ByteTokenizer,

@@ -18,8 +18,9 @@ import numpy as np
 
 from tarflowlm.config import DataConfig, Normalization
 from tarflowlm.data.bpe import build_tokenizer
+from tarflowlm.data.reading import BLOCK, plain_line_ends, text_pieces
 from tarflowlm.data.sources import SOURCE_NAMES, Placed, Source, resolve_source
-from tarflowlm.data.text import BLOCK, SPLITS, Piece, Split, plain_line_ends, text_pieces
+from tarflowlm.data.splits import SPLITS, Piece, Split
 from tarflowlm.data.tokenizer import PIECE, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress, UserError, first_line

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from tarflowlm.config import TEXT8_ALPHABET, DataConfig, Normalization, TokenizerConfig
 from tarflowlm.data.corpus import is_prepared, open_corpus
+from tarflowlm.data.normalize import is_wrapped
+from tarflowlm.data.reading import BLOCK
 from tarflowlm.data.sources import SOURCE_NAMES, TextFile, resolve_source
-from tarflowlm.data.text import BLOCK, is_wrapped
 from tarflowlm.data.tokenizer import CharTokenizer, Tokenizer
 from tarflowlm.schema import from_dict
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.text import normalize_text8
+from tarflowlm.data.normalize import normalize_text8
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.schema import check_type

@@ -18,32 +18,33 @@ from pathlib import Path
 from typing import ClassVar
 
 from tarflowlm.config import DataConfig, Normalization
-from tarflowlm.data.text import (
+from tarflowlm.data.normalize import normalize_text8, unwrapped
+from tarflowlm.data.reading import (
     BLOCK,
-    FEW,
     FIELD,
-    HUB,
-    SEPARATOR,
+    json_texts,
+    kind_of,
+    plain_line_ends,
+    read_text,
+    text_blocks,
+    text_pieces,
+)
+from tarflowlm.data.splits import (
+    FEW,
     SPLITS,
     Piece,
     Split,
     cut_in_three,
     fair_shares,
-    json_texts,
-    kind_of,
-    normalize_text8,
     place_of_document,
-    plain_line_ends,
-    read_text,
-    split_field,
     split_of_document,
-    text_blocks,
-    text_pieces,
-    unwrapped,
 )
+from tarflowlm.data.tokenizer import SEPARATOR
 from tarflowlm.errors import SILENT, Progress, UserError, check_package, first_line
 from tarflowlm.files import replacing, sources_dir, waiting_lock
 
+HUB = "hf:"
+"""Prefix of the OWNER/NAME of a set of the hub."""
 Placed = Iterator[tuple[Split, Iterable[str]]]
 """Documents: the split and the text of each, in blocks."""
 
@@ -391,6 +392,15 @@ _REGISTRY: dict[str, Callable[[], Source]] = {
     "openwebtext": OpenWebText,
 }
 SOURCE_NAMES = tuple(_REGISTRY)
+
+
+def split_field(source: str) -> tuple[str, str]:
+    """The path of a text and the field that `source` names; a path may have the sign itself."""
+    whole = os.path.expanduser(source)
+    if FIELD not in whole or os.path.exists(whole):
+        return whole, ""
+    path, _, field = whole.rpartition(FIELD)
+    return path, field
 
 
 def resolve_source(

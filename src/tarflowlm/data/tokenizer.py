@@ -20,13 +20,16 @@ import numpy.typing as npt
 import tokenizers
 
 from tarflowlm.config import Normalization, check_alphabet
-from tarflowlm.data.text import DIGITS, SEPARATOR, normalize_text8, text_pieces
+from tarflowlm.data.normalize import TEXT8_NORMALIZER, normalize_text8
+from tarflowlm.data.reading import text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 from tarflowlm.schema import check_type, checked
 
 Document = dict[str, Any]
 """The content of a tokenizer.json."""
+SEPARATOR = "<|endoftext|>"
+"""The name of the token that ends every document and begins the next, as in GPT-2."""
 PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
 _BATCH = 32  # pieces passed to the library at once; its notes on each token need much memory
 
@@ -264,23 +267,6 @@ BYTE_LEVEL: Document = {
     "trim_offsets": True,
     "use_regex": False,
 }
-TEXT8_NORMALIZER: Document = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Replace", "pattern": {"String": "<|endoftext|>"}, "content": " "},
-        # first, since the lower case of some other letters is in a-z
-        {"type": "Replace", "pattern": {"Regex": "[^\\x00-\\x7f]"}, "content": " "},
-        {"type": "Lowercase"},
-        *(
-            {"type": "Replace", "pattern": {"String": str(digit)}, "content": f" {name} "}
-            for digit, name in enumerate(DIGITS)
-        ),
-        {"type": "Replace", "pattern": {"Regex": "[^a-z]+"}, "content": " "},
-        {"type": "Strip", "strip_left": True, "strip_right": True},
-        {"type": "Prepend", "prepend": " "},
-    ],
-}
-"""`normalize_text8` in the library's terms; in a tokenizer.json it also tells ours to normalise."""
 
 
 def end_token(index: int) -> Document:

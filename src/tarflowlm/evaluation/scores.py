@@ -22,7 +22,7 @@ from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import SOURCE_NAMES, Tokenizer, encode_text, look, prepare_corpus
 from tarflowlm.data.prompts import check_text, read
-from tarflowlm.data.text import HUB, split_field
+from tarflowlm.data.sources import HUB, split_field
 from tarflowlm.data.windows import Array, sliding_windows, spans
 from tarflowlm.errors import SILENT, Progress, UserError, counted
 from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate

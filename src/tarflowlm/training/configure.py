@@ -19,7 +19,7 @@ from tarflowlm.data import (
     prepare_corpus,
     suited,
 )
-from tarflowlm.data.text import HUB
+from tarflowlm.data.sources import HUB
 from tarflowlm.errors import Progress, UserError, check_package
 from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.processes import Processes

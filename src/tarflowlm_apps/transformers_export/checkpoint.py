@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer as OurTokenizer
-from tarflowlm.data.text import SEPARATOR
-from tarflowlm.data.tokenizer import Document
+from tarflowlm.data.tokenizer import SEPARATOR, Document
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.conditioner import Conditioner

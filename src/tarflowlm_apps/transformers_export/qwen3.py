@@ -22,8 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.text import SEPARATOR
-from tarflowlm.data.tokenizer import BYTES, Document
+from tarflowlm.data.tokenizer import BYTES, SEPARATOR, Document
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, write_json
 from tarflowlm.flow.conditioner import Conditioner

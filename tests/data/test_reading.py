@@ -1,17 +1,13 @@
-"""Text files are read whatever their suffix, cut between words, and normalised like the
-reference.
-"""
+"""Text files are read whatever their suffix, and cut between words."""
 
 import gzip
 import lzma
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tarflowlm.data import TEXT8_ALPHABET, normalize_text8, read_text
-from tarflowlm.data.text import text_pieces
+from tarflowlm.data import read_text
+from tarflowlm.data.reading import text_pieces
 from tarflowlm.errors import UserError
 
 WINDOWS = "héllo\r\nwo\rrld \U0001f600\x00\n" * 50
@@ -25,7 +21,7 @@ def test_text_comes_back_with_plain_line_ends(suffix, tmp_path, monkeypatch):
     path = tmp_path / f"text{suffix}"
     path.write_bytes(COMPRESSED.get(suffix.lower(), RAW))
     assert read_text(path) == read_text(str(path)) == TEXT
-    monkeypatch.setattr("tarflowlm.data.text.BLOCK", 16)  # characters that cross blocks
+    monkeypatch.setattr("tarflowlm.data.reading.BLOCK", 16)  # characters that cross blocks
     assert read_text(path) == TEXT
 
 
@@ -82,40 +78,3 @@ def test_pieces_do_not_depend_on_blocks(size):
     for block in (1, 2, 7, 100):
         blocks = (text[i : i + block] for i in range(0, len(text), block))
         assert list(text_pieces(blocks, size)) == whole
-
-
-# normalising
-
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-DIGITS = str.maketrans({str(i): f" {word} " for i, word in enumerate(NAMES)})
-UPPER = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
-
-
-def reference(text: str) -> str:
-    text = text.replace("<|endoftext|>", " ").translate(UPPER).translate(DIGITS)
-    return " " + re.sub("[^a-z]+", " ", text).strip()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", " "),
-        (" \n\t.", " "),
-        ("in 1984,", " in one nine eight four"),
-        ("naïve Ünder", " na ve nder"),
-        ("a<|endoftext|>b", " a b"),
-        ("x\ud800y \x00 \x0b\U0001f600z", " x y z"),
-        ("\u0130\u212a", " "),  # str.lower() would turn these into an ASCII i and k
-    ],
-)
-def test_text8_examples(text, expected):
-    assert normalize_text8(text) == expected
-
-
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(st.text(st.one_of(st.characters(), st.sampled_from("aZ 09.\n<|endoftext|>")), max_size=60))
-def test_text8_equals_the_two_line_reference_and_is_idempotent(text):
-    result = normalize_text8(text)
-    assert result == reference(text)
-    assert normalize_text8(result) == result
-    assert set(result) <= set(TEXT8_ALPHABET)
