@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 import tarflowlm
-from tarflowlm.data.sources import Stories
+from tarflowlm.data.built_in import Stories
 from tarflowlm.generation.texts import Samples
 from tarflowlm.requests import Writing
 
@@ -57,7 +57,7 @@ class Story(NamedTuple):
 
 def real(num: int) -> list[Story]:
     """The first stories of the test part."""
-    parts = [block for split, blocks in Stories().placed() if split == "test" for block in blocks]
+    parts = [text for split, text, _ in Stories().pieces() if split == "test"]
     return [Story(text, True) for text in parts[:num]]
 
 
@@ -73,11 +73,10 @@ def written(name: str, num: int, seed: int) -> Iterator[Story]:
 def known_names() -> set[str]:
     """Names in the training stories."""
     capital, plain = Counter[str](), Counter[str]()
-    for split, blocks in Stories().placed():
+    for split, text, _ in Stories().pieces():
         if split == "train":
-            for block in blocks:
-                for word in INSIDE.findall(block):
-                    (capital if word[0].isupper() else plain)[word.lower()] += 1
+            for word in INSIDE.findall(text):
+                (capital if word[0].isupper() else plain)[word.lower()] += 1
     others = {"i", "mr", "mrs", "mom", "dad", "mommy", "daddy", "grandma", "grandpa"}
     return {
         word

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import tarflowlm
-from tarflowlm.data.sources import Tales
-from tarflowlm.data.splits import split_of_document
+from tarflowlm.data.built_in import Tales
 
 NUM = 10
 SENTENCE = re.compile(r"""[^"'_]{46,89}""")
@@ -23,10 +22,10 @@ SENTENCE = re.compile(r"""[^"'_]{46,89}""")
 
 def gaps() -> Iterator[tuple[str, str]]:
     """Templates, and the words that were left out of each."""
-    for document in Tales().documents():
-        title, first, *_ = document.split("\n")
-        if split_of_document(title) != "test":
+    for split, document, _ in Tales().pieces():
+        if split != "test":
             continue
+        _title, first, *_ = document.split("\n")
         sentences = filter(SENTENCE.fullmatch, re.split(r"(?<=[.!?]) ", first))
         if sentence := next(sentences, None):
             words = sentence.split()

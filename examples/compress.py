@@ -25,8 +25,8 @@ The bound costs at most 0.0004 bits a character; the price of bits-back is the l
 test tale, "The Rowdy of the Woods": 2,471 letters, or 2,592 characters with capitals and signs. It
 is in the package:
 
-    python -c "from tarflowlm.data.sources import Tales
-    print(*(x for x in Tales().documents() if x.startswith('The Rowdy of')), end='')" > rowdy.txt
+    python -c "from tarflowlm.data.built_in import Tales
+    print(*(x for _, x, _ in Tales().pieces() if x.startswith('The Rowdy of')), end='')" > rowdy.txt
     python examples/compress.py compare english-small rowdy.txt
 """
 

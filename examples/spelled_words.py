@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 import tarflowlm
-from tarflowlm.data.sources import Tales
+from tarflowlm.data.built_in import Tales
 from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -61,8 +61,8 @@ def row(name: str, setting: str, texts: Sequence[list[str]], known: set[str]) ->
 def main(*names: str) -> None:
     """Prints a table, with the rows of every model in the order in which the rule goes."""
     parts: dict[str, list[list[str]]] = {}
-    for split, blocks in Tales().placed():
-        parts.setdefault(split, []).append(words_of("".join(blocks)))
+    for split, document, _ in Tales().pieces():
+        parts.setdefault(split, []).append(words_of(document))
     counts = Counter(word for text in parts["train"] for word in text)
     known = {word for word, count in counts.items() if count >= LEAST}
     print("| model | temperature, top-p | known words | different 4-grams |\n|" + " --- |" * 4)

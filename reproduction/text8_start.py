@@ -11,7 +11,7 @@ from reproduction.lengths import lengthened, measure_lengths
 from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
 from reproduction.settings import Settings
 from tarflowlm.config import DataConfig, TokenizerConfig
-from tarflowlm.data.sources import Text8
+from tarflowlm.data.text_files import Text8
 from tarflowlm.errors import UserError
 from tarflowlm.files import replacing, sources_dir
 

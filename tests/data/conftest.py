@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflowlm.data.sources import sources_dir
+from tarflowlm.files import sources_dir
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,10 @@ import pytest
 from helpers import prepared
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.sources import resolve_source, sources_dir
+from tarflowlm.data.sources import resolve_source
 from tarflowlm.data.splits import SPLITS, cut_in_three, fair_shares, split_of_document
 from tarflowlm.errors import UserError
+from tarflowlm.files import sources_dir
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -137,8 +138,8 @@ def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
     assert fair_shares(places, 300) == (90.0, 95.0)
     assert fair_shares(places, 3000) == (98.0, 99.0)
     monkeypatch.setattr("tarflowlm.data.splits.LARGEST", 300)
-    split = resolve_source(DataConfig(source=str(folder))).splitter()
-    found = [split(str(number)) for number in range(4000)]
+    shares = resolve_source(DataConfig(source=str(folder))).shares
+    found = [split_of_document(str(number), shares) for number in range(4000)]
     share = 0.5 * 300 / sum(file.stat().st_size for file in folder.rglob("*.parquet"))
     for name in ("valid", "test"):
         assert 0 < found.count(name) / 4000 < 2 * share

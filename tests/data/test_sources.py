@@ -23,20 +23,22 @@ from tarflowlm.data import (
     normalize_text8,
 )
 from tarflowlm.data.bpe import train_bpe
+from tarflowlm.data.parquet import OpenWebText
 from tarflowlm.data.reading import read_text
-from tarflowlm.data.sources import SEPARATOR, OpenWebText, Text8, resolve_source, sources_dir
+from tarflowlm.data.sources import resolve_source
 from tarflowlm.data.splits import SPLITS, split_of_document
+from tarflowlm.data.text_files import Text8
+from tarflowlm.data.tokenizer import SEPARATOR
 from tarflowlm.errors import UserError
+from tarflowlm.files import sources_dir
 
 CHARS = TokenizerConfig()
 OPEN = TokenizerConfig(normalize="auto")
 
 
-def texts_of(source) -> dict[str, str]:
-    texts = dict.fromkeys(SPLITS, "")
-    for split, piece, _ in source.pieces():
-        texts[split] += piece
-    return texts
+def whole_texts(name) -> list[str]:
+    """The texts of a source, not normalised."""
+    return ["".join(text.blocks) for text in resolve_source(DataConfig(source=str(name))).texts()]
 
 
 @pytest.mark.parametrize(
@@ -53,16 +55,15 @@ def test_unknown_sources_are_refused(source):
 def test_lines_without_a_text(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n{"text": null, "title": "b"}\n', encoding="utf-8")
-    assert list(resolve_source(DataConfig(source=str(file))).blocks()) == ["a"]
+    assert whole_texts(file) == ["a"]
     file.write_text('{"text": "a\\ud800", "title": "b"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"line 1 of .*: mend it"):
-        list(resolve_source(DataConfig(source=str(file))).blocks())
+        whole_texts(file)
     # by its suffix, in any folder
     inner = tmp_path / "C#" / "inner"
     inner.mkdir(parents=True)
     (inner / "b.jsonl").write_text('{"text": "b"}\n', encoding="utf-8")
-    source = resolve_source(DataConfig(source=f"{tmp_path}/C##.jsonl"))
-    assert list(source.blocks()) == ["b"]
+    assert whole_texts(f"{tmp_path}/C##.jsonl") == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_line_without_a_text_names_the_fields_that_have_one(tmp_path, line, re
     file = tmp_path / "a.jsonl"
     file.write_text(f"{line}\n", encoding="utf-8")
     with pytest.raises(UserError, match=rf"under 'text': .*{remedy}$"):
-        list(resolve_source(DataConfig(source=str(file))).blocks())
+        whole_texts(file)
 
 
 def test_a_folder_of_texts_and_tables_is_no_text(tmp_path):
@@ -101,8 +102,9 @@ def test_a_folder_of_other_texts_is_read_by_their_suffix(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     source = resolve_source(DataConfig(source=f"{tmp_path}#.py"))
-    assert list(source.blocks()) == ["b = 1\n", "a = 2\n"]
-    assert [key for key, _ in source.documents()] == ["b.py", "inner/a.py"]
+    found = {text.key: "".join(text.blocks) for text in source.texts()}
+    assert found == {"b.py": "b = 1\n", "inner/a.py": "a = 2\n"}
+    assert list(found) == ["b.py", "inner/a.py"]
     assert source.has_documents
     with pytest.raises(
         UserError, match=r"no \.txt, .*: name the suffix of its texts, say .*#\.py$"
@@ -117,7 +119,7 @@ def test_a_folder_of_other_texts_is_read_by_their_suffix(tmp_path):
 def test_hidden_files_are_left_out_and_names_that_are_not_utf8_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a", encoding="utf-8")
     (tmp_path / "._a.txt").write_bytes(b"\xff\xfe")
-    assert list(resolve_source(DataConfig(source=str(tmp_path))).blocks()) == ["a"]
+    assert whole_texts(tmp_path) == ["a"]
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("b", encoding="utf-8")
     except OSError:
@@ -131,11 +133,8 @@ def test_folders_and_json_lines(tmp_path):
     lines = '{"text": "one", "body": "x\\ny"}\n\n{"text": "ü", "body": "z"}'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.md").write_text("left out", encoding="utf-8")
-    assert list(resolve_source(DataConfig(source=str(tmp_path))).blocks()) == ["one", "ü", "two"]
-    assert list(resolve_source(DataConfig(source=f"{tmp_path / 'a.jsonl.gz'}#body")).blocks()) == [
-        "x\ny",
-        "z",
-    ]
+    assert whole_texts(tmp_path) == ["one", "ü", "two"]
+    assert whole_texts(f"{tmp_path / 'a.jsonl.gz'}#body") == ["x\ny", "z"]
     match = r"line 1 of .*a\.jsonl\.gz .* under 'title': .* a.jsonl.gz#text or a.jsonl.gz#body$"
     with pytest.raises(UserError, match=match):
         prepared(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
@@ -147,7 +146,7 @@ def test_folders_and_json_lines(tmp_path):
 def test_tales_are_the_text_that_their_page_describes():
     tales = resolve_source(DataConfig(source="tales"))
     [file] = tales.files
-    documents = tales.documents()
+    documents = whole_texts("tales")
     text = "".join(f"{document}\n{SEPARATOR}\n" for document in documents)
     page = (file.parent / "README.md").read_text(encoding="utf-8")
     for content in (text.encode(), file.read_bytes()):
@@ -166,7 +165,7 @@ def test_a_tale_is_in_one_split_by_its_title():
         title = text.partition("\n")[0]
         assert split == split_of_document(title)
         splits[split].add(text)
-    assert set().union(*splits.values()) == set(found.documents())
+    assert set().union(*splits.values()) == set(whole_texts("tales"))
     sizes = {split: sum(map(len, texts)) for split, texts in splits.items()}
     assert 0.88 < sizes["train"] / sum(sizes.values()) < 0.92
     assert min(sizes.values()) / sum(sizes.values()) > 0.04
@@ -193,8 +192,9 @@ def test_stories_are_the_text_that_their_page_describes():
     stories = resolve_source(DataConfig(source="stories"))
     rows = described((stories.path / "README.md").read_text(encoding="utf-8"))
     found = {split: [] for split in SPLITS}
-    for split, [document] in stories.placed():
-        found[split].append(document)
+    for split, text, ends in stories.pieces():
+        assert ends
+        found[split].append(text)
     assert {split: len(documents) for split, documents in found.items()} == {
         "train": 44_282,
         "valid": 1_112,
@@ -207,13 +207,13 @@ def test_stories_are_the_text_that_their_page_describes():
         assert rows[split] == [*map(str, counts), hashlib.sha256(whole).hexdigest()]
     whole = [document for documents in found.values() for document in documents]
     assert len(set(whole)) == len(whole)
-    assert sorted(stories.documents()) == sorted(whole)
+    assert sorted(whole_texts("stories")) == sorted(whole)
     assert len(set("".join(whole)) - {"\n"}) == 85
 
 
 def test_stories_keep_the_splits_that_they_came_with():
     stories = resolve_source(DataConfig(source="stories"))
-    assert {file.name: stories.split_of(file, "") for file in stories.files} == {
+    assert {file.name: stories.placed("", file).split for file in stories.files} == {
         f"stories_{split}.txt.xz": split for split in SPLITS
     }
     assert [size for _, size in stories.state()] == [file.stat().st_size for file in stories.files]

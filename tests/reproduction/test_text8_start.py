@@ -8,7 +8,7 @@ import pytest
 from reproduction import text8_start
 from reproduction.recipes import RECIPES
 from reproduction.settings import Settings
-from tarflowlm.data.sources import Text8
+from tarflowlm.data.text_files import Text8
 from tarflowlm.errors import UserError
 
 WHOLE, START = b" anarchism", b" anar"

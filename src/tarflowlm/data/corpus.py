@@ -16,10 +16,11 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-from tarflowlm.config import DataConfig, Normalization
+from tarflowlm.config import DataConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.reading import BLOCK, plain_line_ends, text_pieces
-from tarflowlm.data.sources import SOURCE_NAMES, Placed, Source, resolve_source
+from tarflowlm.data.reading import BLOCK, text_pieces
+from tarflowlm.data.source import GivenTexts, Source
+from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
 from tarflowlm.data.splits import SPLITS, Piece, Split
 from tarflowlm.data.tokenizer import PIECE, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array
@@ -210,7 +211,7 @@ def _found(
 
 def _training_text(source: Source) -> Iterator[str]:
     """The beginning of the training split, for a BPE."""
-    total = source.count_characters()
+    total = source.num_characters
     source.progress.stage(f"text for the tokenizer of {source.name}, characters", total)
     left = BPE_CHARACTERS
     for split, piece, _ in source.pieces():
@@ -245,21 +246,6 @@ def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Sp
     return splits
 
 
-@dataclass(eq=False)
-class Texts(Source):
-    """Texts in memory: documents."""
-
-    name = identity = "texts"
-    files = ()
-    texts: Sequence[str]
-    normalization: Normalization
-    has_documents: bool
-
-    def placed(self) -> Placed:
-        for text in self.texts:
-            yield "test", [plain_line_ends(text)]
-
-
 def encode_text(
     text: DataConfig | Sequence[str],
     tokenizer: Tokenizer,
@@ -276,7 +262,7 @@ def encode_text(
     wanted = SPLITS if split == "all" else (split,)
     source: Source
     if not isinstance(text, DataConfig):
-        source = Texts(text, tokenizer.normalization, has_documents=len(text) > 1)
+        source = GivenTexts(text, tokenizer.normalization)
     elif is_prepared(text.source):
         corpus = _opened(text, tokenizer)
         return np.concatenate([corpus.split(name) for name in wanted])
@@ -299,7 +285,7 @@ def _encoded(
 
     Every piece is encoded on its own. The ends of documents are among the tokens.
     """
-    total = source.count_characters()
+    total = source.num_characters
     source.progress.stage(f"encoding {source.name}, characters", total)
     for batch in _batches(pieces):
         split = batch[0].split

@@ -10,7 +10,8 @@ from tarflowlm.config import TEXT8_ALPHABET, DataConfig, Normalization, Tokenize
 from tarflowlm.data.corpus import is_prepared, open_corpus
 from tarflowlm.data.normalize import is_wrapped
 from tarflowlm.data.reading import BLOCK
-from tarflowlm.data.sources import SOURCE_NAMES, TextFile, resolve_source
+from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
+from tarflowlm.data.text_files import TextFiles
 from tarflowlm.data.tokenizer import CharTokenizer, Tokenizer
 from tarflowlm.schema import from_dict
 
@@ -129,4 +130,5 @@ def _blocks(text: DataConfig) -> Iterator[str]:
     """The text of a file or folder of the user's own; nothing for any other source."""
     if text.source not in SOURCE_NAMES and not is_prepared(text.source):
         source = resolve_source(text)
-        yield from source.blocks() if isinstance(source, TextFile) else ()
+        texts = source.texts() if isinstance(source, TextFiles) else ()
+        yield from (block for text in texts for block in text.blocks)
