@@ -19,7 +19,7 @@ from tarflowlm.data import (
     open_corpus,
     windows,
 )
-from tarflowlm.data import corpus as corpus_module
+from tarflowlm.data import encode as encode_module
 from tarflowlm.data.splits import SPLITS
 from tarflowlm.data.tokenizer import SEPARATOR
 from tarflowlm.errors import UserError
@@ -113,7 +113,7 @@ def prepare(folder: Path):
 
 def test_all_of_a_plain_text_is_whole(tmp_path, monkeypatch):
     """Also for a tokenizer that ends documents, of which the text is none."""
-    monkeypatch.setattr(corpus_module, "BLOCK", 100)
+    monkeypatch.setattr(encode_module, "BLOCK", 100)
     tokenizer = prepare(tmp_path).tokenizer
     file = tmp_path / "a #1.txt"
     file.write_text("".join(f"word{n} " for n in range(500)))

@@ -1,14 +1,11 @@
-"""Prepared corpora: meta.json, the tokenizer, and the tokens of each split in one file.
-
-The pieces of a text are encoded one by one and appended to the file of their split.
-"""
+"""Prepared corpora: meta.json, the tokenizer, and the tokens of each split in one file."""
 
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +15,11 @@ import numpy as np
 
 from tarflowlm.config import DataConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.reading import BLOCK, text_pieces
+from tarflowlm.data.encode import encoded
 from tarflowlm.data.source import GivenTexts, Source
 from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
-from tarflowlm.data.splits import SPLITS, Piece, Split
-from tarflowlm.data.tokenizer import PIECE, Tokenizer, load_tokenizer
+from tarflowlm.data.splits import SPLITS, Split
+from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress, UserError, first_line
 from tarflowlm.files import cache_root, new_folder, sync_file, waiting_lock, write_json
@@ -231,8 +228,7 @@ def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Sp
         files = {
             split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS
         }
-        pieces = _pieces(source, tokenizer)
-        for split, tokens, characters in _encoded(source, pieces, tokenizer, SPLITS):
+        for split, tokens, characters in encoded(source, tokenizer):
             tokens.tofile(files[split])
             digests[split].update(tokens.tobytes())
             splits[split]["tokens"] += len(tokens)
@@ -269,59 +265,6 @@ def encode_text(
     else:
         source = resolve_source(text, tokenizer.normalization, progress=progress)
     source.obtain()
-    pieces = _pieces(source, tokenizer)
-    if split == "all" and (tokenizer.end is None or not source.has_documents):
-        # cut elsewhere than between the splits, where word pieces may cross
-        texts = text_pieces((piece.text for piece in pieces), PIECE)
-        pieces = (Piece("test", some) for some in texts)
-    tokens = [some for _, some, _ in _encoded(source, pieces, tokenizer, wanted)]
+    parts = encoded(source, tokenizer, wanted, is_whole=split == "all")
+    tokens = [some for _, some, _ in parts]
     return np.concatenate([np.zeros(0, tokenizer.token_dtype), *tokens])
-
-
-def _encoded(
-    source: Source, pieces: Iterable[Piece], tokenizer: Tokenizer, wanted: Sequence[Split]
-) -> Iterator[tuple[Split, Array, int]]:
-    """The tokens of some splits of the `pieces` of a text, with the number of their characters.
-
-    Every piece is encoded on its own. The ends of documents are among the tokens.
-    """
-    total = source.num_characters
-    source.progress.stage(f"encoding {source.name}, characters", total)
-    for batch in _batches(pieces):
-        split = batch[0].split
-        lengths = [len(piece.text) for piece in batch]
-        if split in wanted:
-            ids = tokenizer.encode_each([piece.text for piece in batch])
-            if tokenizer.end is not None:
-                # before the first token that begins a character of the next document
-                reached = tokenizer.characters_per_token[ids].cumsum()
-                ends = np.cumsum(lengths)[[piece.ends for piece in batch]]
-                ids = np.insert(ids, np.searchsorted(reached, ends, side="right"), tokenizer.end)
-            yield split, ids.astype(tokenizer.token_dtype), sum(lengths)
-        source.progress.advance(sum(lengths))
-
-
-def _pieces(source: Source, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The pieces of a text, with a separator between documents that no token ends, if the alphabet
-    has it.
-    """
-    is_apart = tokenizer.end is not None or tokenizer.normalization == "text8"
-    is_apart |= tokenizer.kind == "char" and not set(source.separator) <= set(tokenizer.alphabet)
-    for piece in source.pieces():
-        is_open = piece.ends and source.has_documents and not is_apart
-        yield piece._replace(text=piece.text + source.separator) if is_open else piece
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces of each split in order, many short ones at a time, which are encoded faster."""
-    waiting: dict[Split, list[Piece]] = {split: [] for split in SPLITS}
-    size = dict.fromkeys(SPLITS, 0)
-    for piece in pieces:
-        split = piece.split
-        waiting[split].append(piece)
-        size[split] += len(piece.text)
-        if size[split] >= BLOCK:
-            yield waiting[split]
-            waiting[split] = []
-            size[split] = 0
-    yield from filter(None, waiting.values())
