@@ -11,7 +11,7 @@ import tyro
 from tarflowlm.cli.main import main, run_command
 from tarflowlm.cli.options import Json
 from tarflowlm.config import DataConfig, TokenizerConfig
-from tarflowlm.data import prepare_corpus, suited
+from tarflowlm.data import infer_tokenizer, prepare_corpus
 from tarflowlm.evaluation.ngrams import baselines_on
 from tarflowlm.options import arg
 from tarflowlm.presets import preset
@@ -139,7 +139,7 @@ class Args(Json):
 
 def run(args: Args) -> None:
     with Bars() as bars:
-        text = suited(DataConfig(source=args.data, tokenizer=args.tokenizer))
+        text = infer_tokenizer(DataConfig(source=args.data, tokenizer=args.tokenizer))
         corpus = prepare_corpus(text, progress=bars)
     tokenizer = corpus.tokenizer
     train, test = (np.asarray(corpus.split(s), dtype=np.int64) for s in ("train", "test"))

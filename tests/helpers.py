@@ -22,8 +22,8 @@ from tarflowlm.data import (
     Corpus,
     Tokenizer,
     encode_text,
+    infer_tokenizer,
     prepare_corpus,
-    suited,
 )
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
@@ -206,4 +206,4 @@ def encoded(source: object, tokenizer: Tokenizer, split: str):
 
 def suited_to(source: object, config: TokenizerConfig, **options) -> TokenizerConfig:
     """The tokenizer of a text with what was left open."""
-    return suited(DataConfig(source=str(source), tokenizer=config, **options)).tokenizer
+    return infer_tokenizer(DataConfig(source=str(source), tokenizer=config, **options)).tokenizer

@@ -93,7 +93,7 @@ class TokenizerConfig(Checked):
 
     @property
     def normalization(self) -> Normalization:
-        """The meaning of `normalize`; auto is text8 until `data.suited` has seen the text."""
+        """The meaning of `normalize`; auto is text8 until `infer_tokenizer` has seen the text."""
         return "text8" if self.normalize == "auto" else self.normalize
 
     @property

@@ -33,14 +33,14 @@ class Args(Json):
 
 
 def run(args: Args) -> None:
-    from tarflowlm.data import prepare_corpus, suited
+    from tarflowlm.data import infer_tokenizer, prepare_corpus
     from tarflowlm.data.splits import SPLITS
 
     if not is_first_process():
         return  # the first one writes, and its tokenizer uses all cores
     with Bars() as bars:
         text = DataConfig(source=args.source, tokenizer=args.tokenizer, unwrap=args.unwrap)
-        corpus = prepare_corpus(suited(text), out=args.out, progress=bars)
+        corpus = prepare_corpus(infer_tokenizer(text), out=args.out, progress=bars)
     counts = {name: corpus.num_tokens(name) for name in SPLITS}
     vocab_size = corpus.tokenizer.vocab_size
     found = {"out": str(args.out), "vocab_size": vocab_size, "tokens": counts}

@@ -73,7 +73,7 @@ def run(args: Args) -> None:
 
 def _train(args: Args, start: float) -> dict[str, Any]:
     """The figures of the new model and of simple ones, on the stories that it has not seen."""
-    from tarflowlm.data import prepare_corpus, suited
+    from tarflowlm.data import infer_tokenizer, prepare_corpus
     from tarflowlm.device import pick_device
     from tarflowlm.training.directory import is_begun
     from tarflowlm.training.train import train
@@ -85,7 +85,7 @@ def _train(args: Args, start: float) -> dict[str, Any]:
     # before reading the text, which takes long
     args.out.mkdir(parents=True, exist_ok=True)
     with Bars(keep=True) as bars:
-        corpus = prepare_corpus(suited(config.data), progress=bars)
+        corpus = prepare_corpus(infer_tokenizer(config.data), progress=bars)
         baselines = baselines_on(corpus.tokenizer.decode(corpus.split("test").tolist()))
         spent = (time.perf_counter() - start) / 60
         # however little time is left, each stage takes a step

@@ -3,7 +3,7 @@
 from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import Corpus, encode_text, open_corpus, prepare_corpus
-from tarflowlm.data.look import look, suited
+from tarflowlm.data.infer import infer_tokenizer, misfit
 from tarflowlm.data.normalize import normalize_text8
 from tarflowlm.data.reading import FIELD, read_text
 from tarflowlm.data.sources import SOURCE_NAMES
@@ -24,12 +24,12 @@ __all__ = [
     "build_tokenizer",
     "encode_text",
     "eval_windows",
+    "infer_tokenizer",
     "load_tokenizer",
-    "look",
+    "misfit",
     "normalize_text8",
     "open_corpus",
     "prepare_corpus",
     "read_text",
     "sliding_windows",
-    "suited",
 ]

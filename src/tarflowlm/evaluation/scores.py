@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data import SOURCE_NAMES, Tokenizer, encode_text, look, prepare_corpus
+from tarflowlm.data import SOURCE_NAMES, Tokenizer, encode_text, misfit, prepare_corpus
 from tarflowlm.data.prompts import check_text, read
 from tarflowlm.data.sources import HUB, split_field
 from tarflowlm.data.windows import Array, sliding_windows, spans
@@ -334,12 +334,9 @@ def read_source(
     if split == "all" or not is_corpus:
         tokens = encode_text(text, tokenizer, split, progress=progress)
         # before the work, so that an unreadable text costs one line
-        seen = look(text)
-        problem = seen.misfit(tokenizer)
+        problem = misfit(text, tokenizer)
         if problem is not None:
             log.info("%s", problem)
-        elif tokenizer.normalization == "text8":
-            seen.tell("text8", "english-small")
         return source, split, tokens
     corpus = prepare_corpus(text, tokenizer, progress=progress)
     if data is None and corpus_digest(lm.directory) not in (None, corpus.fingerprint):

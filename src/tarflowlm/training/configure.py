@@ -14,10 +14,10 @@ from tarflowlm.data import (
     SOURCE_NAMES,
     Corpus,
     Tokenizer,
+    infer_tokenizer,
     load_tokenizer,
-    look,
+    misfit,
     prepare_corpus,
-    suited,
 )
 from tarflowlm.data.sources import HUB
 from tarflowlm.errors import Progress, UserError, check_package
@@ -53,7 +53,7 @@ def complete(
             check_package(tracker, "track", f"train.track {tracker}")
         if asked.parent and parent is None:
             raise UserError(f"parent {asked.parent}: give that model with `train --from`")
-        text = asked.data if asked.parent else suited(asked.data)
+        text = asked.data if asked.parent else infer_tokenizer(asked.data)
         config = settled(replace(asked, data=text))
     processes.rows_each(config.train)  # for its error
     tokenizer: Tokenizer | None = None
@@ -135,12 +135,10 @@ def tuning(
     check_time(minutes, steps)
     lr = parent.run.optim.lr / 2 if lr is None else checked(lr, float, "lr")
     text = replace(parent.run.data, source=data, unwrap=unwrap)
-    seen = look(text)
-    problem = seen.misfit(parent.tokenizer)
+    problem = misfit(text, parent.tokenizer, for_training=True)
     if problem is not None:
         remedy = f"`tarflowlm train english-small --data {data} --out DIR`"
         raise UserError(f"{problem}: train a new model on it: {remedy}")
-    seen.tell(parent.tokenizer.normalization, "english-small")
     run = with_blocks(parent.run, range(parent.model.num_blocks))
     # a stage that had no time in the parent's training gets as much as the shortest
     least = min(count for count in run.train.stage_steps if count)

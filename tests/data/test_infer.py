@@ -1,4 +1,4 @@
-"""A look at a text of one's own: the tokenizer that keeps it, and what others lose of it."""
+"""The tokenizer that keeps a text of one's own, and what others lose of it."""
 
 import textwrap
 from dataclasses import replace
@@ -14,9 +14,9 @@ from tarflowlm.data import (
     CharTokenizer,
     DataConfig,
     TokenizerConfig,
-    look,
+    infer_tokenizer,
+    misfit,
     prepare_corpus,
-    suited,
 )
 from tarflowlm.data.normalize import is_wrapped, unwrapped
 from tarflowlm.data.reading import read_text
@@ -98,10 +98,10 @@ def test_what_is_asked_for_is_not_changed(tmp_path):
 def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     path = tmp_path / "german.txt"
     path.write_text("Die Müller führen über Brücken. " * 50, encoding="utf-8")
-    seen = look(DataConfig(source=str(path)))
-    assert "15.4% of the letters" in seen.misfit(CharTokenizer(TEXT8_ALPHABET))
-    assert seen.misfit(ByteTokenizer()) is None
-    assert "know, 'Düü" not in (seen.misfit(CharTokenizer("abc", "none")) or "")
+    text = DataConfig(source=str(path))
+    assert "15.4% of the letters" in misfit(text, CharTokenizer(TEXT8_ALPHABET))
+    assert misfit(text, ByteTokenizer()) is None
+    assert "know, 'Düü" not in (misfit(text, CharTokenizer("abc", "none")) or "")
     path.write_text("日本語。" * 50, encoding="utf-8")
     with pytest.raises(UserError, match=r"nothing of .*german.txt.*another normalisation"):
         prepared(str(path), CHARS, tmp_path / "none")
@@ -140,7 +140,7 @@ def test_wrapped_lines_are_noticed(tmp_path, caplog):
         suited_to(str(file), OPEN)
     assert "--unwrap" in caplog.text
     caplog.clear()
-    config = suited(DataConfig(source=str(file), unwrap=True))
+    config = infer_tokenizer(DataConfig(source=str(file), unwrap=True))
     assert "--unwrap" not in caplog.text
     corpus = prepare_corpus(config, out=tmp_path / "out")
     text = "".join(corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in SPLITS)
