@@ -127,7 +127,7 @@ def test_a_corpus_may_be_put_into_the_folder_where_one_is(folder, tmp_path, monk
 
 
 def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tarflowlm.data.splits.LARGEST", 30)
+    monkeypatch.setattr("tarflowlm.data.splits.MOST_HELD_OUT", 30)
     text = "".join(map(chr, range(100, 1100)))
     sizes = [len(piece.text) for piece in cut_in_three([text], 1000)]
     assert sizes == [940, 30, 30]
@@ -137,7 +137,7 @@ def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
     places = {float(place) for place in range(100)}
     assert fair_shares(places, 300) == (90.0, 95.0)
     assert fair_shares(places, 3000) == (98.0, 99.0)
-    monkeypatch.setattr("tarflowlm.data.splits.LARGEST", 300)
+    monkeypatch.setattr("tarflowlm.data.splits.MOST_HELD_OUT", 300)
     shares = resolve_source(DataConfig(source=str(folder))).shares
     found = [split_of_document(str(number), shares) for number in range(4000)]
     share = 0.5 * 300 / sum(file.stat().st_size for file in folder.rglob("*.parquet"))

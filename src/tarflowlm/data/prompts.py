@@ -17,7 +17,7 @@ from tarflowlm.schema import check_type
 
 BLANK = -1  # marks a token of a template that is to be drawn
 GAP = r"\[\.\.\.[0-9]{0,4}\]"  # a gap of unknown length in a template
-LONGEST = 8  # tokens of a gap that names no number
+LONGEST_GAP = 8  # tokens of a gap that names no number
 _SHOWN = 200  # characters of a text in a notice
 
 
@@ -100,10 +100,10 @@ def read_template(
 ) -> Reading:
     """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
 
-    [...] stands for 1 to LONGEST of them, [...12] for 1 to 12. `read` reads the pieces between the
-    blanks. The model continues a piece before a blank, so the first token of a gap brings the space
-    that was left to it. A blank counts as a letter: a comma next to it becomes a space. A backslash
-    before the character makes it plain text, also where the model's alphabet has it.
+    [...] stands for 1 to LONGEST_GAP of them, [...12] for 1 to 12. `read` reads the pieces between
+    the blanks. The model continues a piece before a blank, so the first token of a gap brings the
+    space that was left to it. A blank counts as a letter: a comma next to it becomes a space. A
+    backslash before the character makes it plain text, also where the model's alphabet has it.
     """
     check_text(text, "template")
     if not isinstance(blank, str) or len(blank) != 1:
@@ -121,7 +121,7 @@ def read_template(
     for piece, mark in zip(pieces, marks, strict=False):
         begins = _with_space(tokenizer, piece)
         known = tokenizer.encode(piece if begins is None else piece[:-1])
-        most = 1 if mark == blank else int(mark[4:-1] or LONGEST)
+        most = 1 if mark == blank else int(mark[4:-1] or LONGEST_GAP)
         gap = Gap(most, begins=None if mark == blank else begins)
         parts += [torch.from_numpy(known), gap]
     parts.append(torch.from_numpy(tokenizer.encode(pieces[-1])))

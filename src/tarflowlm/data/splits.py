@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple, get_args
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-LARGEST = 40_000_000
-"""Characters of validation and of test, about 10 million tokens of GPT-2."""
-FEW = 4096
+MOST_HELD_OUT = 40_000_000
+"""The most characters of validation and of test, about 10 million tokens of GPT-2."""
+FEW_DOCUMENTS = 4096
 """If there are at most this many documents, every split has at least one."""
 
 
@@ -23,9 +23,12 @@ class Piece(NamedTuple):
 
 
 def cut_in_three(pieces: Iterable[str], total: int) -> Iterator[Piece]:
-    """A text of `total` characters in pieces: 90 %, 5 % and 5 %, but at most `LARGEST` of these."""
-    valid = max(total * 90 // 100, total - 2 * LARGEST)
-    test = max(total * 95 // 100, total - LARGEST)
+    """A text of `total` characters in pieces: 90 %, 5 % and 5 %.
+
+    Validation and test have at most `MOST_HELD_OUT` characters.
+    """
+    valid = max(total * 90 // 100, total - 2 * MOST_HELD_OUT)
+    test = max(total * 95 // 100, total - MOST_HELD_OUT)
     cuts = list(pairwise([0, valid, test, total]))
     position = 0
     for piece in pieces:
@@ -55,11 +58,11 @@ def split_of_document(key: str, shares: tuple[float, float] = (90.0, 95.0)) -> S
 def fair_shares(places: set[float], characters: int) -> tuple[float, float]:
     """The `shares` for documents that have `characters` together.
 
-    Validation and test get 5 % each, or about `LARGEST` characters. With 3 to `FEW` documents,
-    whose `places` are known, this is rounded to whole documents, at least one.
+    Validation and test get 5 % each, or about `MOST_HELD_OUT` characters. With 3 to `FEW_DOCUMENTS`
+    documents, whose `places` are known, this is rounded to whole documents, at least one.
     """
-    held = min(5.0, 100 * LARGEST / characters)
-    if len(SPLITS) <= len(places) <= FEW:
+    held = min(5.0, 100 * MOST_HELD_OUT / characters)
+    if len(SPLITS) <= len(places) <= FEW_DOCUMENTS:
         each = max(1, round(len(places) * held / 100))
         return sorted(places)[-2 * each], sorted(places)[-each]
     return 100 - 2 * held, 100 - held

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from tarflowlm.data.reading import BLOCK, FIELD, json_texts, kind_of, text_blocks, text_pieces
 from tarflowlm.data.source import Source, Text
-from tarflowlm.data.splits import FEW, Piece, cut_in_three, fair_shares, place_of_document
+from tarflowlm.data.splits import FEW_DOCUMENTS, Piece, cut_in_three, fair_shares, place_of_document
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import replacing, sources_dir
 
@@ -57,7 +57,7 @@ class TextFiles(Source):
             for piece in self.normalized(text.blocks):
                 size += len(piece)
                 self.progress.advance(len(piece))
-            if size and len(places) <= FEW:
+            if size and len(places) <= FEW_DOCUMENTS:
                 places.add(place_of_document(text.key))
             total += size
         if not total:

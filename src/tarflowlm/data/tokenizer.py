@@ -35,12 +35,12 @@ _BATCH = 32  # pieces passed to the library at once; its notes on each token nee
 
 
 _unprintable = [*range(ord("!")), *range(0x7F, 0xA1), 0xAD]
-BYTES = "".join(
+BYTE_SYMBOLS = "".join(
     chr(256 + _unprintable.index(byte)) if byte in _unprintable else chr(byte)
     for byte in range(256)
 )
 """GPT-2's printable stand-in for every byte (Radford et al. 2019, `bytes_to_unicode`)."""
-BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
+BYTE_OF = {character: byte for byte, character in enumerate(BYTE_SYMBOLS)}
 
 
 class Tokenizer:
@@ -254,7 +254,9 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
 
     def __init__(self, normalization: Normalization = "none", *, has_end: bool = False) -> None:
-        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL, has_end), normalization)
+        super().__init__(
+            _without_merges(BYTE_SYMBOLS, BYTE_LEVEL, BYTE_LEVEL, has_end), normalization
+        )
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         data = "".join(texts).encode("utf-8")
@@ -302,7 +304,7 @@ def _from_document(document: Document) -> Tokenizer:
         is_plain = vocabulary == {character: index for index, character in enumerate(alphabet)}
         if is_plain and document["pre_tokenizer"] is None:
             return CharTokenizer(alphabet, normalization, has_end=has_end)
-        if is_plain and document["pre_tokenizer"] == BYTE_LEVEL and alphabet == BYTES:
+        if is_plain and document["pre_tokenizer"] == BYTE_LEVEL and alphabet == BYTE_SYMBOLS:
             return ByteTokenizer(normalization, has_end=has_end)
     return Tokenizer(document, normalization)
 

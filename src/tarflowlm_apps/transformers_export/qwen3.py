@@ -22,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.tokenizer import BYTES, SEPARATOR, Document
+from tarflowlm.data.tokenizer import BYTE_SYMBOLS, SEPARATOR, Document
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, write_json
 from tarflowlm.flow.conditioner import Conditioner
@@ -31,7 +31,7 @@ from tarflowlm.runs import TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint, write_weights
 
 START = "<|start|>"
-NEVER = BYTES[255]
+NEVER = BYTE_SYMBOLS[255]
 """The stand-in of the byte that no text has."""
 
 GGUF_NAMES = {
