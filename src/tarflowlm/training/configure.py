@@ -38,10 +38,9 @@ def complete(
 ) -> tuple[RunConfig, Corpus]:
     """The configuration that is trained, with nothing left open, and its text in tokens.
 
-    `asked` None takes the run in `out`, which only the device may change. Else are decided
-      - by the text: the tokenizer, unless a `parent` has it; and the size of the vocabulary
-      - by its names: what `settled` decides
-      - by the device: the precision
+    The text decides the tokenizer, unless a `parent` brings it, and the size of the vocabulary;
+    names decide what `settled` says; the device decides the precision. `asked` None takes the run
+    in `out`, where all this was decided before.
 
     Nothing is written. UserError for a text that is missing, too short or of another tokenizer, a
     parent that is missing, and a batch that does not divide. Collective.
