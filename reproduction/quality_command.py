@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError, check_package
-from tarflowlm.options import Count, Normalized, Number, Seeded, arg
+from tarflowlm.options import Integer, Normalized, Number, Seeded, arg
 from tarflowlm.requests import Split
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ class Args(OfModel, Seeded, Normalized):
     """A run or shipped model of the baseline, a directory of transformers, or a hub name."""
     num: int = 5000
     """Number of samples; the paper has 5000."""
-    length: Count = None
+    length: Integer = None
     """Tokens per sample; the default is the trained context."""
     decoder: Decoder = "auto"
     """How to invert a block."""
     temperature: Annotated[float, arg("FLOAT")] = 1.0
     """Raise the probabilities of tokens to the power 1 / temperature."""
-    top_k: Count = None
+    top_k: Integer = None
     """Keep the k most probable tokens."""
     top_p: Number = None
     """Keep the smallest set of tokens that holds this probability."""

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tarflowlm import schema
 from tarflowlm.cli.options import OnDevice
 from tarflowlm.config import Precision, RunConfig
 from tarflowlm.model_config import FlowConfig, LanguageModelConfig
-from tarflowlm.options import Count, arg
+from tarflowlm.options import Integer, arg
 from tarflowlm.presets import preset, with_steps
+from tarflowlm.schema import Count
 
 Scale = Literal["mini", "paper"]
 Kind = Literal["ar", "affine", "mix1", "mixd"]
@@ -30,9 +30,9 @@ class Settings(OnDevice):
     """Text on which the judge of samples is trained at mini scale."""
     second_text: Annotated[str | None, arg("SOURCE")] = None
     """table2: also measure the likelihood of this text."""
-    seeds: schema.Count = 1
+    seeds: Count = 1
     """Train each model this many times, with seeds 0, 1, ..."""
-    steps: Count = None
+    steps: Integer = None
     """Optimiser steps of every training instead of the recipe's, for a quick look."""
     recipe: Literal["muon", "mdlm"] = "muon"
     """paper: the presets' optimiser, or the million steps of AdamW of MDLM."""

@@ -5,12 +5,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    get_type_hints,
+    overload,
+)
 
 import tyro
 
-from tarflowlm import schema
 from tarflowlm.errors import unknown
+from tarflowlm.schema import Checked, Count, Seed
 
 P = ParamSpec("P")
 Q = TypeVar("Q")
@@ -46,7 +55,7 @@ def arg(
 Text = Annotated[str | None, arg("TEXT")]
 File = Annotated[str | None, arg("FILE")]
 Out = Annotated[Path | None, arg("PATH")]
-Count = Annotated[schema.Count | None, arg("INT")]
+Integer = Annotated[Count | None, arg("INT")]
 Number = Annotated[float | None, arg("FLOAT")]
 Normalize = Annotated[Literal["text8"] | None, arg("text8", constructor=Literal["text8"])]
 Flag = Annotated[bool, arg()]
@@ -54,15 +63,15 @@ Unwrap = Annotated[bool, arg(help="Join the lines of every paragraph of your own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seeded(schema.Checked):
+class Seeded(Checked):
     """The option `seed`."""
 
-    seed: schema.Seed = 0
+    seed: Seed = 0
     """The same seed gives the same result."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normalized(schema.Checked):
+class Normalized(Checked):
     """The option `normalize`."""
 
     normalize: Normalize = None
@@ -78,56 +87,47 @@ def flag(field: str) -> str:
     return f"--{NAMES.get(field, field)}".replace("_", "-")
 
 
+@overload
 def takes(
     make: Callable[P, Q],
-) -> Callable[[Callable[[S, Q], R]], Callable[Concatenate[S, P], R]]:
-    """Turn a method that takes a request into one that takes the fields of the request.
+) -> Callable[[Callable[[S, Q], R]], Callable[Concatenate[S, P], R]]: ...
 
-    `help` shows them, mypy checks them, and UserError names an unknown one.
+
+@overload
+def takes(make: Callable[..., object], *, made: Literal[False]) -> Callable[[R], R]: ...
+
+
+def takes(make: Callable[..., Any], *, made: bool = True) -> Callable[..., Any]:
+    """Let the last parameter of a function be the fields of a request, which `make` makes of them.
+
+    With `made` False the function gets them as they are, as `**options`. A parameter of both stays
+    the function's own, and takes the place of the positional one of `make`. `help` shows the fields
+    and UserError names an unknown one; mypy checks them where the request is made.
     """
+    known = inspect.signature(make).parameters
+    hints = get_type_hints(make)
 
-    def decorate(method: Callable[[S, Q], R]) -> Callable[Concatenate[S, P], R]:
-        @options_of(make)
-        @wraps(method)
-        def called(self: S, *args: P.args, **options: P.kwargs) -> R:
-            return method(self, make(*args, **options))
-
-        return cast(Callable[Concatenate[S, P], R], called)
-
-    return decorate
-
-
-def options_of(make: Callable[..., object]) -> Callable[[R], R]:
-    """Let the last parameter of a function, its options, be the parameters of `make`.
-
-    Those that the function has itself stay its own; if there are any, they replace the positional
-    one of `make`. `help` shows the options. UserError for other ones.
-    """
-
-    def decorate(function: R) -> R:
-        act = cast(Callable[..., object], function)
-        own = inspect.signature(act)
-        first = dict(list(own.parameters.items())[:-1])
-        known = inspect.signature(make).parameters
-        hints = get_type_hints(make)
+    def decorate(function: Callable[..., object]) -> Callable[..., object]:
+        own = inspect.signature(function)
+        *first, _last = own.parameters.values()
+        shared = known.keys() & own.parameters.keys()
         others = [
-            one.replace(annotation=hints.get(name, one.annotation))
+            one.replace(annotation=hints[name])
             for name, one in known.items()
-            if name not in first and (one.kind is one.KEYWORD_ONLY or not known.keys() & first)
+            if name not in shared and (one.kind is one.KEYWORD_ONLY or not shared)
         ]
-        shown = inspect.Signature(
-            sorted([*first.values(), *others], key=lambda one: one.kind),
-            return_annotation=own.return_annotation,
-        )
+        shown = own.replace(parameters=sorted([*first, *others], key=lambda one: one.kind))
 
-        @wraps(act)
-        def called(*args: object, **options: object) -> object:
+        @wraps(function)
+        def called(*args: Any, **options: Any) -> object:
             for name in options:
                 if name not in shown.parameters:
                     raise unknown("option", name, [one for one in known if one in shown.parameters])
-            return act(*args, **options)
+            if not made:
+                return function(*args, **options)
+            return function(*args[: len(first)], make(*args[len(first) :], **options))
 
         called.__signature__ = shown  # type: ignore[attr-defined]
-        return cast(R, called)
+        return called
 
     return decorate

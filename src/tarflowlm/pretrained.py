@@ -29,7 +29,7 @@ from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, sco
 from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
-from tarflowlm.options import options_of, takes
+from tarflowlm.options import takes
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
@@ -107,7 +107,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         texts = write_texts(request, self)
         return texts[0] if is_one else texts
 
-    @options_of(Writing)
+    @takes(Writing, made=False)
     def fill(self, template: str | Sequence[str], **options: Any) -> str | Any:
         """`template` with each of its blanks, marked by `blank`, filled with one token.
 

@@ -333,13 +333,13 @@ class Evaluation(Request):
     """
     samples: Count = 1
     """Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO."""
-    windows: options.Count = None
+    windows: options.Integer = None
     """At most this many windows, evenly spaced; the default is all of them."""
     precision: Annotated[Literal["float32", "bfloat16"], arg()] = "float32"
     """Format of the products in Transformers. Where bfloat16 is native it takes two thirds of the
     time, and moves a result by some 0.0005 nats per token.
     """
-    stride: options.Count = None
+    stride: options.Integer = None
     """Tokens between window starts (default: the context). A smaller number lets windows overlap,
     for the baseline and one-block flows.
     """

@@ -9,7 +9,7 @@ from typing import Annotated
 from tarflowlm import compiled
 from tarflowlm.cli.options import OnDevice
 from tarflowlm.errors import UserError
-from tarflowlm.options import Count, arg
+from tarflowlm.options import Integer, arg
 from tarflowlm.terminal.bars import print_notice
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -19,7 +19,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Serving(OnDevice):
     """A command that serves."""
 
-    port: Count = None
+    port: Integer = None
     """Port to serve at: by default 8000 for `serve`, the first free one from 7860 on for `studio`.
     """
     host: Annotated[str, arg("ADDRESS")] = "127.0.0.1"

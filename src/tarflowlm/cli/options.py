@@ -22,7 +22,7 @@ import tyro
 from tarflowlm import schema
 from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError, is_first_process
-from tarflowlm.options import Count, Out, Unwrap, arg, flag
+from tarflowlm.options import Integer, Out, Unwrap, arg, flag
 from tarflowlm.runs.hub import check_model
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Training(Json, OnDevice):
     unwrap: Unwrap = False
     minutes: Annotated[schema.Positive | None, arg("FLOAT")] = None
     """Time of the whole run, including evaluation and saving; stages keep their shares of it."""
-    steps: Count = None
+    steps: Integer = None
     """Optimiser steps in total, instead; stages keep their proportions."""
 
     def rules(self) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BlockConfig
-from tarflowlm.options import Count, Normalize, Number, Seeded, arg, flag
+from tarflowlm.options import Integer, Normalize, Number, Seeded, arg, flag
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
 from tarflowlm.schema import from_dict
 from tarflowlm.terminal.bars import Bars, print_result, print_table, suggest
@@ -38,7 +38,7 @@ class Args(Training):
 
     normalize: Normalize = None
     """Read your own text in a-z and single spaces, too."""
-    checkpoint_every: Count = None
+    checkpoint_every: Integer = None
     """Steps between checkpoints."""
     run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None
     """The preset's fields."""

@@ -15,7 +15,7 @@ from tarflowlm.generation.plan import Allowed, Plan, plan
 from tarflowlm.generation.sampling import BLANK, Generation, row_generators
 from tarflowlm.generation.write import write
 from tarflowlm.model import LanguageModel, as_flow, check_model
-from tarflowlm.options import options_of
+from tarflowlm.options import takes
 from tarflowlm.requests import Sampling
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.schema import Length, check_generator, check_integers, check_type, checked
@@ -44,7 +44,7 @@ def generate_plainly(
     return flow.codebook.decode(flow.prior.inverse(noise))
 
 
-@options_of(Sampling)
+@takes(Sampling, made=False)
 def generate(
     model: LanguageModel | Checkpoint,
     *,

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from tarflowlm import schema
 from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.errors import check_package
 from tarflowlm.runs.hub import PREFIX, shown_name
+from tarflowlm.schema import Count
 from tarflowlm.terminal.bars import print_json
 from tarflowlm_apps.address import Serving, listen, names_of
 
@@ -14,7 +14,7 @@ from tarflowlm_apps.address import Serving, listen, names_of
 class Args(Serving, OfModel):
     """Let other programs call a model: the completions of the OpenAI interface, on this machine."""
 
-    samples: schema.Count = 8
+    samples: Count = 8
     """Posterior samples averaged in the log-probabilities of a flow; the baseline is exact."""
 
 
