@@ -71,7 +71,7 @@ class Coder:
             block = model.prior.block(0)
             coupling = block.coupling
             self.conditioner: Conditioner = block
-            if model.config.patch > 1 or not getattr(coupling, "is_tied", False):
+            if model.config.patch > 1 or not getattr(coupling, "uses_encoder_codebook", False):
                 raise UserError("block 1: must be a tied Mix-d with one token a position")
             self.head, self.dtype = coupling.weight_head, model.codebook.mean.dtype
             mean = model.codebook.mean.double()

@@ -173,7 +173,7 @@ class BaselineJudge(Judge):
     @torch.no_grad()
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = tokens.to(self.model.start.device)
-        states = self.model.states(tokens)
+        states = self.model.features_of_all(tokens)
         logits = widen(self.model.head(states[:, :-1]))
         losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
         return losses.view(tokens.shape), states[:, 1:]

@@ -12,7 +12,7 @@ import tarflowlm
 from helpers import stack
 from tarflowlm import device
 from tarflowlm.errors import UserError
-from tarflowlm.flow.numerics import normal, sweep
+from tarflowlm.flow.numerics import normal, vocabulary_rosenblatt
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 
@@ -61,7 +61,7 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
         keys, other = ",".join(entry.get("dispatch", {})), entry.get("structured_delegate")
         return "MPS" in keys or "Composite" in keys or (has_kernel(other) if other else not keys)
 
-    for module in (normal, sweep, sys.modules["tarflowlm.flow.codebook"]):
+    for module in (normal, vocabulary_rosenblatt, sys.modules["tarflowlm.flow.codebook"]):
         monkeypatch.setattr(module, "wide_dtype", lambda like: torch.float32)
     blocks, trunk = (
         stack(("mixd", "mix1", "affine"), (1, 1, 1), (0, 2, 1)),

@@ -73,7 +73,7 @@ def test_terms_follow_their_definitions_and_sum_to_the_bound(model, tokens, nois
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_sweep_over_the_codebook_is_as_good_as_two(dtype, patch, tokens, noise):
     model, noise = tiny_flow(couplings=("mixd",), patch=patch).to(dtype), noise.to(dtype)
-    assert model.prior.block(0).coupling.is_tied
+    assert model.prior.block(0).coupling.uses_encoder_codebook
     z = model.codebook.encode(tokens, noise)
     two = model.codebook.log_normaliser(z).sum(-1) - model.prior.log_prob(z)
     one = model.bound(tokens, noise)

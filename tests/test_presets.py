@@ -125,7 +125,7 @@ def test_mixd_is_the_papers(corpus, upper):
     model, run = built(f"{corpus}-mixd"), preset(f"{corpus}-mixd")
     tied, *others = couplings_of(model)
     assert isinstance(tied, MixDCoupling)
-    assert tied.is_tied
+    assert tied.uses_encoder_codebook
     for coupling in others:
         assert type(coupling) is Mix1Coupling
         assert [tuple(bias.shape) for bias in coupling.head.biases] == [

@@ -132,7 +132,7 @@ def test_compiled_steps_are_those_of_the_plain_pass(name, request):
         past = model.codebook.encode(tokens, noise)
     for source in sources:
         with torch.no_grad():
-            plain = source.states(past)
+            plain = source.features_of_all(past)
             cache = source.allocate_cache(2, 41)
             assert cache.is_compiled
             found = source.features_of(cache, past)

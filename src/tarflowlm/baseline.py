@@ -11,7 +11,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics, widen
 from tarflowlm.flow.cache import Cache
 from tarflowlm.flow.conditioner import Conditioner
-from tarflowlm.flow.numerics.near import FEWEST
+from tarflowlm.flow.numerics.nearby import FEWEST
 from tarflowlm.flow.token_heads import Linear, TokenFeatures, map_linearly, token_head
 from tarflowlm.flow.transformer import Embedder, Transformer
 from tarflowlm.model import LanguageModel, check_tokens
@@ -76,7 +76,7 @@ class TokenLM(LanguageModel, Conditioner):
         patch = self.config.patch
         if tokens.shape[1] % patch:
             raise UserError(f"patch {patch} does not divide the {tokens.shape[1]} tokens")
-        return self.states(tokens[:, :-patch])
+        return self.features_of_all(tokens[:, :-patch])
 
     def log_weights(
         self, features: Float[Tensor, "B D"], linear: Linear = map_linearly

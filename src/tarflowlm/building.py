@@ -103,7 +103,7 @@ def build_coupling(options: BlockConfig, shape: BlockShape) -> Coupling:
                 latent_dim=shape.latent_dim,
                 components=options.components,
                 in_patch=options.in_patch == "autoregressive",
-                tied=shape.components if options.is_tied else None,
+                tied=shape.components if options.components_are_tokens else None,
                 has_bias=shape.has_bias,
             )
         case TokenAffine():

@@ -212,9 +212,13 @@ class TarFlowLM(LanguageModel):
         return type(coupling) is MixDCoupling and not (order.reverse or order.mixes)
 
     @property
-    def is_language_model(self) -> bool:
+    def is_single_mixd(self) -> bool:
         """Whether the model is one block that draws tokens."""
-        return self.num_blocks == 1 and self.draws_tokens(0) and self.config.blocks[0].is_tied
+        return (
+            self.num_blocks == 1
+            and self.draws_tokens(0)
+            and self.config.blocks[0].components_are_tokens
+        )
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
@@ -262,7 +266,12 @@ class TarFlowLM(LanguageModel):
         """
         block = self.prior.block(0)
         tied = block.coupling
-        if self.num_blocks == 1 and isinstance(tied, MixDCoupling) and tied.is_tied and not frozen:
+        if (
+            self.num_blocks == 1
+            and isinstance(tied, MixDCoupling)
+            and tied.uses_encoder_codebook
+            and not frozen
+        ):
             with full_precision(noise):
                 z = self.prior.patch(self.codebook.encode(tokens, noise))
             nats = -self._by_token(tied.token_log_prob(z, block.features(z), relative=True).sum(-1))

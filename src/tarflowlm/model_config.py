@@ -150,7 +150,7 @@ class BlockConfig(Checked):
         """No check: the stack checks its blocks, for it knows their places."""
 
     @property
-    def is_tied(self) -> bool:
+    def components_are_tokens(self) -> bool:
         """Whether the components are tied to the encoder's codebook: they are tokens."""
         return False
 
@@ -212,7 +212,7 @@ class MixD(BlockConfig):
             yield "certainty", "needs components 0, which are tokens"
 
     @property
-    def is_tied(self) -> bool:
+    def components_are_tokens(self) -> bool:
         return self.components == 0
 
 
@@ -295,10 +295,10 @@ class FlowConfig(LanguageModelConfig):
             yield "blocks", "needs at least one block"
         for index, block in enumerate(self.blocks):
             block.check(f"{self.section}blocks.{index}.")
-            if self.fills_below(index) and not block.is_tied:
+            if self.fills_below(index) and not block.components_are_tokens:
                 rule = "above a block with certainty, use mixd with components 0"
                 yield f"blocks.{index}", rule
-            if block.is_tied and index > 0 and self.mixes_channels:
+            if block.components_are_tokens and index > 0 and self.mixes_channels:
                 rule = "ties it to block 1; set channel_mix off, or give K >= 1"
                 yield f"blocks.{index}.components", rule
 
@@ -308,7 +308,7 @@ class FlowConfig(LanguageModelConfig):
 
     @property
     def has_token_weights(self) -> bool:
-        return self.blocks[0].is_tied and not self.fills_in
+        return self.blocks[0].components_are_tokens and not self.fills_in
 
     @property
     def continues_exactly(self) -> bool:

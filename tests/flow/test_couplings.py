@@ -164,7 +164,7 @@ def test_filling_in_acts_on_tokens_that_are_likely_and_leaves_the_others():
     by_token = (4, T, P, d)
     expected = torch.where(sure, everywhere.view(by_token), z.view(by_token)).view(z.shape)
     torch.testing.assert_close(coupling(z, features)[0], expected)
-    assert not coupling.is_tied
+    assert not coupling.uses_encoder_codebook
     first, known = features[:, 0], z[:, 0]
     log_p = complete(coupling, known, first, known, torch.ones(4, P, dtype=torch.bool))[2]
     torch.testing.assert_close(log_p.sum(-1), coupling.log_prob(z, features)[:, 0])

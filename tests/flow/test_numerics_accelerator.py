@@ -20,11 +20,11 @@ from tarflowlm.flow.numerics import (
     mixture,
     mixture_log_prob,
     mixture_log_prob_from_features,
-    near,
+    nearby,
     reference,
     rosenblatt,
     rosenblatt_inverse,
-    sweep,
+    vocabulary_rosenblatt,
 )
 
 
@@ -40,7 +40,7 @@ def separated(rows, components, dim, separation):
 def test_an_inverse_of_few_components_is_the_one_of_all_or_says_that_it_is_not(separation, found):
     u, *book = separated(5, 1024, 10, separation)
     exact = reference.rosenblatt_inverse(u, *book)
-    z, is_right = sweep.by_heaviest(u, *book, reference.mixture_cdf_inverse)
+    z, is_right = vocabulary_rosenblatt.by_heaviest(u, *book, reference.mixture_cdf_inverse)
     assert is_right.all() if found else not is_right.any()
     torch.testing.assert_close(z[is_right], exact[is_right], rtol=0, atol=1e-6)
     torch.testing.assert_close(rosenblatt_inverse(u, *book), exact, rtol=0, atol=1e-6)
@@ -54,17 +54,17 @@ def near_case(rows, separation=20.0):
 
 def test_near_pairs_are_those_of_a_cpu(monkeypatch):
     case = near_case(50)
-    expected = near.near_components(*case)
+    expected = nearby.near_components(*case)
     monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
     monkeypatch.setattr(chunks, "HELD_CPU", 4 * 200 * 7)  # chunks of 7 rows
-    found = near.near_components(*case)
+    found = nearby.near_components(*case)
     assert expected is not None
     assert found is not None
     assert found.rows.equal(expected.rows)
     assert found.components.equal(expected.components)
-    assert near.near_components(*near_case(50, separation=1.0)) is None
+    assert nearby.near_components(*near_case(50, separation=1.0)) is None
     case[0][3, 0] = math.nan
-    assert near.near_components(*case) is None
+    assert nearby.near_components(*case) is None
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -88,7 +88,7 @@ def test_a_sweep_turns_to_pairs_at_a_channel_of_few_rows(spare, monkeypatch):
     z = reference.rosenblatt_inverse(u, log_w, mean, log_std)
     z[0, 2] = math.nan
     exact = reference.rosenblatt(*(t.double() for t in (z, log_w, mean, log_std)))
-    monkeypatch.setattr(sweep, "SPARE", spare)
+    monkeypatch.setattr(vocabulary_rosenblatt, "SPARE", spare)
     monkeypatch.setattr(chunks, "HELD_CPU", 300 * 20)
     calls = Counter()
     by_all = reference.rosenblatt
@@ -97,7 +97,7 @@ def test_a_sweep_turns_to_pairs_at_a_channel_of_few_rows(spare, monkeypatch):
         calls["rows"] += len(z)
         return by_all(z, *rest)
 
-    monkeypatch.setattr(sweep.reference, "rosenblatt", counted)
+    monkeypatch.setattr(vocabulary_rosenblatt.reference, "rosenblatt", counted)
     found = rosenblatt(z, log_w.__getitem__, mean, log_std)
     for value, expected in zip(found, exact, strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=2e-5, equal_nan=True)
@@ -122,7 +122,7 @@ class Waits(TorchDispatchMode):
 def test_the_waits_do_not_grow_with_the_rows(rows, monkeypatch):
     monkeypatch.setattr(chunks, "HELD_CPU", 4 * 200 * 7)
     with Waits() as waits:
-        near.near_components(*near_case(rows))
+        nearby.near_components(*near_case(rows))
     assert waits.found.total() == 2
 
 

@@ -8,8 +8,8 @@ import torch
 from numerics_cases import codebook_case
 
 from tarflowlm import chunks
-from tarflowlm.flow.numerics import component_finder, mixture_log_prob, near
-from tarflowlm.flow.numerics.near import near_components
+from tarflowlm.flow.numerics import component_finder, mixture_log_prob, nearby
+from tarflowlm.flow.numerics.nearby import near_components
 from tarflowlm.flow.numerics.normal import log_component_densities
 from tarflowlm.flow.numerics.vocabulary import mixture_log_prob_from_features
 
@@ -96,7 +96,7 @@ def test_near_components_are_as_good_as_all(dtype, budget, monkeypatch):
         yield from (log_p, *torch.autograd.grad(log_p @ shares, (inputs[0], *inputs[4:])))
 
     found = list(results())
-    monkeypatch.setattr(near, "FEWEST", 301)
+    monkeypatch.setattr(nearby, "FEWEST", 301)
     assert near_components(inputs[0], *inputs[4:]) is None
     bound = 5e-6 if dtype == torch.float32 else 1e-13
     for one, other in zip(found, results(), strict=True):
@@ -115,7 +115,7 @@ def test_near_components_miss_none():
         z = mean[:200] + 4 * log_std[:200, None].exp() * z
         pairs = near_components(z, mean, log_std)
         exact = log_component_densities(z.double(), mean.double(), log_std.double())
-        wanted = exact >= exact.amax(-1, keepdim=True) - near.reach(torch.float32, 500)
+        wanted = exact >= exact.amax(-1, keepdim=True) - nearby.reach(torch.float32, 500)
         found = torch.zeros_like(wanted)
         found[pairs.rows, pairs.components] = True
         assert found[wanted].all()
@@ -131,7 +131,7 @@ def test_near_components_miss_none_under_autocast(offset):
     with torch.autocast("cpu", torch.bfloat16):
         pairs = near_components(z, mean, log_std)
     exact = log_component_densities(z.double(), mean.double(), log_std.double())
-    wanted = exact >= exact.amax(-1, keepdim=True) - near.reach(torch.float32, 1024)
+    wanted = exact >= exact.amax(-1, keepdim=True) - nearby.reach(torch.float32, 1024)
     found = torch.zeros_like(wanted)
     found[pairs.rows, pairs.components] = True
     assert wanted.sum() > 128

@@ -32,7 +32,7 @@ class Conditioner(nn.Module):
         x = embed(past)
         return torch.cat((self.start.expand(len(x), 1, -1), x), dim=1) if first else x
 
-    def states(self, past: Tensor) -> Float[Tensor, "B next D"]:
+    def features_of_all(self, past: Tensor) -> Float[Tensor, "B next D"]:
         """Features after the start vector and after each of the n positions."""
         return self.transformer(self._inputs(self.embedder(), past, first=True))
 

@@ -36,7 +36,7 @@ class FillsIn(MixDCoupling):
         Coupling.__init__(self)
         vars(self).update(vars(mixd))
         self.certainty = certainty
-        self.is_tied = False
+        self.uses_encoder_codebook = False
 
     def conditional(self, log_w: Tensor | LogWeights) -> Conditional:
         if not isinstance(log_w, Tensor):

@@ -71,7 +71,7 @@ class MixDCoupling(Coupling):
         self.own = book if tied is None else None
         # in a tuple, so that the encoder's parameters are not registered a second time
         self._book = (book,)
-        self.is_tied = isinstance(tied, Codebook)
+        self.uses_encoder_codebook = isinstance(tied, Codebook)
         """Whether every token is a mixture of the encoder's codebook alone."""
         self.choices = book.vocab_size
         self.weight_head = token_head(width, self.choices, has_bias=has_bias)
@@ -123,7 +123,7 @@ class MixDCoupling(Coupling):
         token_features = self.token_features(features, z).flatten(0, -2)
         tokens = z.reshape(-1, self.latent_dim)
         rows = chunks.rows_at_once(self.choices, chunks.held(z.device))
-        if self.is_tied and not torch.is_grad_enabled():
+        if self.uses_encoder_codebook and not torch.is_grad_enabled():
             rows = len(tokens)  # `rosenblatt` itself asks for the weights of some
         mapped = chunks.in_parts(of_rows, rows, tokens, token_features)
         u, log_det = (torch.cat(parts) for parts in zip(*mapped, strict=True))
@@ -137,7 +137,8 @@ class MixDCoupling(Coupling):
     ) -> Float[Tensor, "B N P"]:
         """log p(z_t | c_n, z_<t) of every token, in nats.
 
-        `relative`: minus log prod_t sum_k N_k(z_t) (docs/math.md, eq. 12), where it `is_tied`.
+        `relative`: minus log prod_t sum_k N_k(z_t) (docs/math.md, eq. 12), where it
+        `uses_encoder_codebook`.
         """
         return numerics.mixture_log_prob_from_features(
             z.unflatten(-1, (self.patch, self.latent_dim)),

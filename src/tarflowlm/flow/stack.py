@@ -75,7 +75,7 @@ class FlowBlock(Conditioner):
 
     def features(self, h: Latents) -> Features:
         """Features c_n of all positions, each from the latents before it."""
-        return self.states(h[:, :-1])
+        return self.features_of_all(h[:, :-1])
 
     def forward(self, z: Latents) -> tuple[Latents, ByPosition]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""

@@ -144,7 +144,7 @@ def row_plans(
         raise UserError(
             f"{what}: this model takes prompts of one length at a time, call it for each length"
         )
-    if len({one.together for one in found}) > 1:
+    if len({one.batch_key for one in found}) > 1:
         # free rows are completed together with the others
         found = [replace(one, way="filter", particles=particles) for one in found]
     return found

@@ -77,7 +77,7 @@ class Plan:
         return len(self.template) % 2 == 0
 
     @property
-    def together(self) -> tuple[object, ...]:
+    def batch_key(self) -> tuple[object, ...]:
         """Equal for plans that can be written in one batch."""
         template = id(self.template) if self.way == "gaps" else 0
         begins = None if self.begins is None else hash(self.begins.numpy().tobytes())

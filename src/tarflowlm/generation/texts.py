@@ -79,7 +79,7 @@ class Samples:
         # keys and values of a token in the block with most of them
         cached = max(2 * len(block.layers) * block.config.width for block in blocks)
         batches: list[range] = []
-        keys = [one.together for one in self.plans]
+        keys = [one.batch_key for one in self.plans]
         for _, group in groupby(range(self.total), key=lambda row: keys[row // request.num_each]):
             rows = list(group)
             one = self.plan(rows[0])
@@ -262,7 +262,7 @@ def plans(
     how = request.normalize
     prompts = as_texts(request.prompt or (), "prompt")
     is_constrained = request.contains is not None or request.allowed is not None
-    draws = lm.model.is_exact or as_flow(lm.model).is_language_model
+    draws = lm.model.is_exact or as_flow(lm.model).is_single_mixd
     draws &= request.decoder != "sweeps"
     # only where tokens are drawn by their weights can the next one be made to begin with a space
     goes_on = lm.model.config.patch == 1 and (draws or is_constrained)

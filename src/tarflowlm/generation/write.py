@@ -34,7 +34,7 @@ from tarflowlm.model import LanguageModel, TarFlowLM
 
 
 class Writer:
-    """Writes a batch of texts, with a plan and a generator for each; all have one `together`.
+    """Writes a batch of texts, with a plan and a generator for each; all have one `batch_key`.
 
     Iterating yields the next tokens [num, n] of all samples as they become final, int64 on the CPU,
     given ones included: at least `every` of them, but for given ones at the start and for the end
@@ -160,7 +160,7 @@ class Window:
         # few vectors at a time, for which a table of the codebook would take longest to make
         self.decode = None if flow is None else flow.codebook.finder()
         inverts = plan.sampling.decoder == "sweeps"
-        if flow is None or (flow.is_language_model and not inverts):
+        if flow is None or (flow.is_single_mixd and not inverts):
             self._draw(whole)
         elif plan.way == "inversion":
             self._invert(flow, whole)

@@ -106,7 +106,7 @@ def _token_model(checkpoint: Checkpoint) -> tuple[Tensor, Conditioner, nn.Linear
         flow = as_flow(model)
         block = flow.prior.block(0)
         tied = block.coupling
-        if isinstance(tied, MixDCoupling) and tied.is_tied:
+        if isinstance(tied, MixDCoupling) and tied.uses_encoder_codebook:
             embedding = block.input(flow.codebook.mean)
             if block.token_embedding is not None:
                 embedding += block.token_embedding.weight

@@ -27,13 +27,13 @@ from tarflowlm.flow.numerics.normal import (
     log_standard_normal,
     standard_normal_log_prob,
 )
-from tarflowlm.flow.numerics.sweep import LogWeights
 from tarflowlm.flow.numerics.vocabulary import (
     component_finder,
     head_sums,
     mixture_log_prob,
     mixture_log_prob_from_features,
 )
+from tarflowlm.flow.numerics.vocabulary_rosenblatt import LogWeights
 
 __all__ = [
     "COMPILED",

@@ -14,7 +14,8 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
 from tarflowlm import chunks, flow
-from tarflowlm.flow.numerics import cpu, reference, sweep
+from tarflowlm.flow.numerics import cpu, reference
+from tarflowlm.flow.numerics import vocabulary_rosenblatt as vocabulary
 from tarflowlm.flow.numerics.normal import check_codebook
 from tarflowlm.flow.numerics.reference import Gradients
 
@@ -56,7 +57,7 @@ CPU = Maps(
     cpu.mixture_cdf_inverse,
     cpu.mixture_log_density,
     cpu.mixture_backward,
-    sweep.rosenblatt,
+    vocabulary.rosenblatt,
     cpu.rosenblatt_inverse,
 )
 REFERENCE = Maps(
@@ -64,16 +65,19 @@ REFERENCE = Maps(
     reference.mixture_cdf_inverse,
     reference.mixture_log_density,
     reference.mixture_backward,
-    sweep.rosenblatt,
-    sweep.rosenblatt_inverse,
+    vocabulary.rosenblatt,
+    vocabulary.rosenblatt_inverse,
 )
 COMPILED = Maps(
     partial(fused, reference.mixture_cdf),
     partial(fused, reference.mixture_cdf_inverse),
     partial(fused, reference.mixture_log_density),
     partial(fused, reference.mixture_backward),
-    partial(sweep.rosenblatt, of_channel=partial(fused, sweep.channel)),
-    partial(sweep.rosenblatt_inverse, scalar=partial(fused, reference.mixture_cdf_inverse)),
+    partial(vocabulary.rosenblatt, of_channel=partial(fused, vocabulary.channel)),
+    partial(
+        vocabulary.rosenblatt_inverse,
+        scalar=partial(fused, reference.mixture_cdf_inverse),
+    ),
 )
 
 
@@ -151,7 +155,7 @@ def mixture_log_density(
 
 def rosenblatt(
     z: Tensor,
-    log_w: Tensor | sweep.LogWeights,
+    log_w: Tensor | vocabulary.LogWeights,
     mean: Tensor,
     log_std: Tensor,
     *,

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from tarflowlm import chunks, flow
 from tarflowlm.flow import wide_dtype
-from tarflowlm.flow.numerics import mixture, near
+from tarflowlm.flow.numerics import mixture, nearby
 from tarflowlm.flow.numerics.mixture import (
     COMPILED,
     REFERENCE,
@@ -31,7 +31,7 @@ from tarflowlm.flow.numerics.mixture import (
     flatten_vectors,
     maps_for,
 )
-from tarflowlm.flow.numerics.near import Pairs, near_components
+from tarflowlm.flow.numerics.nearby import Pairs, near_components
 from tarflowlm.flow.numerics.normal import (
     LOWEST_EXPONENT,
     check_codebook,
@@ -108,9 +108,9 @@ def mixture_log_prob_from_features(
     joint, _ = pairs.log_sum(log_density + log_w)
     normaliser, largest = pairs.log_sum(log_density)
     log_p = (joint - total - normaliser if relative else joint - total).to(z.dtype)
-    left_out = largest - near.reach(z.dtype, len(mean)) + total - joint
+    left_out = largest - nearby.reach(z.dtype, len(mean)) + total - joint
     # negated, so that NaN is left to the general path
-    rest = (~(left_out <= near.log_rounding(z.dtype))).nonzero().squeeze(-1)
+    rest = (~(left_out <= nearby.log_rounding(z.dtype))).nonzero().squeeze(-1)
     if len(rest):
         by_all = _by_chunks(
             general, len(mean), z.index_select(0, rest), features.index_select(0, rest)

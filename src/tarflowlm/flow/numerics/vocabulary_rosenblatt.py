@@ -7,7 +7,7 @@ As z is known, every component has weights of its own, and channel i takes three
 
 with the sign of the smaller tail. Weights are relative to the weight of b, the component nearest to
 z. It is known in advance how far the weight of b falls by the last channel, and how large a density
-any component can reach in a channel. So a component that is `near.reach` below can never matter
+any component can reach in a channel. So a component that is `nearby.reach` below can never matter
 again. Once few components are left, the sums are over pairs of a row and a component.
 
 `reference` takes the rows with a tail below exp(-ROOM).
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tarflowlm import chunks, flow
 from tarflowlm.flow import full_precision, wide_dtype
-from tarflowlm.flow.numerics import cpu, near, normal, reference
-from tarflowlm.flow.numerics.near import Pairs
+from tarflowlm.flow.numerics import cpu, nearby, normal, reference
+from tarflowlm.flow.numerics.nearby import Pairs
 from tarflowlm.flow.numerics.normal import clamp_, exp_clamped
 
 CUTS = {5: 8, 8: 96}
@@ -119,7 +119,7 @@ def rosenblatt(
         scaled = torch.exp(-log_std) * normal.SQRT_HALF
         book = _Book(mean, log_std, scaled, factors, log_std.amin())
     # mps has no nonzero_static
-    chooses = on_cpu or z.device.type == "mps" or num_components < near.FEWEST
+    chooses = on_cpu or z.device.type == "mps" or num_components < nearby.FEWEST
     turn = None if chooses else _turn(z, log_w, book, of_channel)
     for outer in chunks.row_ranges(len(z), num_components, held):
         weights = log_w(outer)
@@ -130,7 +130,7 @@ def rosenblatt(
                 tail[rows], side[rows], log_p[rows], is_right[rows] = of_rows
     u = side * normal.upper_quantile_of_log(torch.log(tail))
     # a tail's side is a guess: up to 0.95, 1 - T is still exact; NaN is never in range
-    is_right &= ((tail >= math.exp(-near.ROOM)) & (tail <= 0.95)).all(-1) & torch.isfinite(log_p)
+    is_right &= ((tail >= math.exp(-nearby.ROOM)) & (tail <= 0.95)).all(-1) & torch.isfinite(log_p)
     rest = (~is_right).nonzero().squeeze(-1)
     wide = wide_dtype(z)
     for part in chunks.row_ranges(len(rest), 8 * num_components, held):
@@ -209,14 +209,14 @@ def _tails(
         tail, side, log_alpha = of_channel(*now)
         tails.append(tail)
         sides.append(side)
-        if len(mean) < near.FEWEST or not 2 <= i < dim - 1 or (turn and i != turn.channel):
+        if len(mean) < nearby.FEWEST or not 2 <= i < dim - 1 or (turn and i != turn.channel):
             continue
-        alive = log_alpha >= -(rests[:, i, None] + near.reach(z.dtype, len(mean)))
+        alive = log_alpha >= -(rests[:, i, None] + nearby.reach(z.dtype, len(mean)))
         if counts is not None:
             counts.append(alive.sum())
             continue
         if turn:
-            room = int(turn.pairs_per_row * (len(z) + near.MOST))
+            room = int(turn.pairs_per_row * (len(z) + nearby.MOST))
             pairs, share, fits = _first_pairs(alive, log_alpha, room)
         # then no tensor over pairs and channels is larger than one over rows and components
         elif alive.sum() * (dim - i) <= alive.numel():
@@ -303,7 +303,7 @@ def by_heaviest(
             columns = columns.expand(-1, len(u), -1).take_along_dim(top[None], -1)
             log_std = log_std.expand(len(u), -1).gather(-1, top)
             log_share = torch.logaddexp(log_share, log_alpha.amin(-1) + math.log(len(mean)))
-        is_right &= log_share <= near.log_rounding(u.dtype) + normal.log_upper_tail(u_i.abs())
+        is_right &= log_share <= nearby.log_rounding(u.dtype) + normal.log_upper_tail(u_i.abs())
         channels.append(scalar(u_i, log_alpha, columns[i], log_std))
         a = (channels[-1][:, None] - columns[i]) * torch.exp(-log_std)
         log_alpha = reference.bayes_update(log_alpha, a, log_std)
