@@ -53,6 +53,16 @@ Temperature = Annotated[float, Ge(1e-30), "top_k 1 takes the most probable token
 TopP = Annotated[float, Interval(ge=1e-30, le=1), "top_k 1 takes the most probable token"]
 
 
+class WrongType(UserError):
+    """A value of another type than its field or parameter."""
+
+    def __init__(self, name: str, value: object, remedy: str) -> None:
+        super().__init__(f"{name} {_shown(value)}: {remedy}")
+        self.name = name
+        self.value = value
+        self.remedy = remedy
+
+
 def checked(value: Any, hint: object, where: str) -> Any:
     """`value` converted to its type `hint`. UserError, which calls it `where`, if it does not fit.
 
@@ -69,7 +79,7 @@ def checked(value: Any, hint: object, where: str) -> Any:
         return _one_of(value, kinds, where)
     if origin is typing.Literal:
         if value not in kinds:
-            raise UserError(f"{where} {value!r:.40}: choose one of {', '.join(map(str, kinds))}")
+            raise WrongType(where, value, f"choose one of {', '.join(map(str, kinds))}")
         return value
     if origin in (tuple, Sequence):
         check_type(value, where, (tuple, list), f"give {_wanted(hint)}")
@@ -150,7 +160,7 @@ def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
     kind: Any = {int: Integral, float: Real, bool: bool}[hint]
     # to Python, True is an integer
     if not isinstance(plain, kind) or isinstance(plain, bool) != (hint is bool):
-        raise UserError(f"{where} {_shown(plain)}: give {_WORDS[hint]}")
+        raise WrongType(where, plain, f"give {_WORDS[hint]}")
     # the range of a tensor or a float; no comparison with NaN is true
     most = {int: 2**62, float: sys.float_info.max, bool: 1}[hint]
     if not abs(plain) <= most:
@@ -176,7 +186,7 @@ def _check_range(value: Any, notes: Sequence[object], where: str) -> None:
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
     """UserError, which asks for the `wanted` value, unless `value` is of one of the `kinds`."""
     if not isinstance(value, kinds):
-        raise UserError(f"{name} {_shown(value)}: {wanted}")
+        raise WrongType(name, value, wanted)
 
 
 def check_integers(tokens: object, name: str, *shapes: str) -> None:

@@ -3,21 +3,23 @@
 No torch here.
 """
 
-import ast
 import contextlib
-import inspect
-import io
-import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
 from tarflowlm import schema
 from tarflowlm.config import DeviceName
@@ -34,75 +36,116 @@ if TYPE_CHECKING:
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
     """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
 
-    For words that do not parse tyro prints a box and exits with status 2; its message about a wrong
-    value becomes a UserError. A UserError of the dataclass, or of one inside it, passes through.
+    Values are checked by the dataclass and those inside it, whose UserErrors pass through. For
+    options that it does not know, or that lack a value, tyro prints a box and exits with status 2.
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
-    if {"-h", "--help"}.intersection(argv):
-        _join_lines()
-    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(args, args=argv, prog=prog, **settings)
-    except SystemExit as stop:
-        error = stop.__context__
-        while error is not None and not isinstance(error, UserError):
-            error = error.__context__
-        if error is not None:
-            raise error from None
-        title, _, body = box.getvalue().partition("\n")
-        if "Value error" in title or "Invalid choice" in title:
-            lines = [line.strip("│─| ") for line in body.splitlines()]
-            # between its first rules, which may be ASCII
-            lines = ["" if set(line) <= {"-"} else line for line in lines]
-            said = "\n".join(lines).strip().partition("\n\n")[0].replace("\n", " ").rstrip(".")
-            raise UserError(f"{_plainly(said)}; see {prog} --help") from None
-        sys.stderr.write(box.getvalue())
-        raise
+        return tyro.cli(args, args=argv, prog=prog, registry=READING, **settings)
+    except _Refused as refused:
+        error = refused.error
+        if isinstance(error, schema.WrongType):
+            name = error.name.removeprefix("--").replace("_", "-")
+            typed = [word.partition("=")[0] for word in argv]
+            # a part of a configuration does not know its place
+            option = next((word for word in typed if word.endswith(f".{name}")), f"--{name}")
+            error = UserError(f"{option} {error.value!r:.40}: {error.remedy}; see {prog} --help")
+        raise error from None
 
 
-def _join_lines() -> None:
-    """Give tyro the docstrings of fields in one line each, as it would keep their line ends."""
-    classes = [schema.Checked]
-    for cls in classes:
-        classes += cls.__subclasses__()
-    for module in {sys.modules[cls.__module__] for cls in classes}:
-        parts: list[ast.stmt] = []
-        with contextlib.suppress(OSError, TypeError):  # a notebook has no file
-            parts = ast.parse(inspect.getsource(module)).body
-        for part in parts:
-            kind = getattr(module, getattr(part, "name", ""), None)
-            fields = getattr(kind, "__dataclass_fields__", {})
-            for one, text in itertools.pairwise(getattr(part, "body", ())):
-                match one, text:
-                    case (
-                        ast.AnnAssign(target=ast.Name(id=name)),
-                        ast.Expr(value=ast.Constant(value=str(said))),
-                    ) if name in fields:
-                        fields[name].metadata = MappingProxyType({"help": " ".join(said.split())})
+class _Refused(Exception):
+    """Carries a UserError through tyro, which would print a ValueError in a box."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
 
 
-_WANTED = {
-    "INT": "a whole number",
-    "int()": "a whole number",
-    "FLOAT": "a number",
-    "to float": "a number",
-    "STR STR": "two texts",
-}
-"""A type in the words of tyro or Python, for a value that does not parse -> the value to give."""
+READING = ConstructorRegistry()
+"""How tyro reads options."""
+OWN = object()
+"""Marks a dataclass that `READING` has seen."""
 
 
-def _plainly(said: str) -> str:
-    """A message of tyro about a wrong value, in plain words if it is a known one."""
-    found = re.search(r"Error parsing (\S+): (.*)", said)
-    if found is not None:
-        option, reason = found.groups()
-        given = " ".join(re.findall(r"'([^']*)'", reason))
-        for name, wanted in _WANTED.items():
-            if name in reason:
-                return f"{option} {given}: give {wanted}"
-    return said
+@READING.primitive_rule
+def _value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A number or a choice. What is none stays a word, so that its dataclass refuses it by name."""
+    kind = info.type
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    if kind is bool:
+        choices = (True, False)
+    if not choices and kind not in (int, float):
+        return None
+
+    def read(words: list[str]) -> object:
+        word = words[0]
+        if choices:
+            return next((one for one in choices if str(one) == word), word)
+        try:
+            return kind(word)
+        except ValueError:
+            return word
+
+    names = ",".join(map(str, choices))
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{names}}}" if choices else kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: value in choices or isinstance(value, (int, float)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@READING.primitive_rule
+def _pair(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Two texts; also one alone, which its dataclass refuses by name."""
+    if info.type != tuple[str, str]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=(1, 2),
+        metavar="STR STR",
+        instance_from_str=tuple,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    )
+
+
+@READING.struct_rule
+def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A dataclass as tyro reads it, but for its errors, and its help, which is in one line."""
+    cls: Any = info.type
+    if not isinstance(cls, type) or not issubclass(cls, schema.Checked) or OWN in info.markers:
+        return None
+
+    @wraps(cls, updated=())  # for its docstring
+    def make(**values: object) -> object:
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise _Refused(error) from None
+
+    # without this rule
+    spec = ConstructorRegistry.get_struct_spec(replace(info, markers=(*info.markers, OWN)))
+    assert isinstance(spec, StructConstructorSpec)
+    options = [replace(one, helptext=partial(_help, cls, one.name)) for one in spec.fields]
+    return StructConstructorSpec(make, tuple(options))
+
+
+def _help(cls: type, name: str) -> str | None:
+    """The docstring of a field of a dataclass, in one line."""
+    owner = next(one for one in cls.__mro__ if name in vars(one).get("__annotations__", {}))
+    return _docstrings(owner).get(name)
+
+
+@cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """The docstrings of the fields that a class adds to its bases."""
+    from docstring_parser import parse_from_object
+
+    with contextlib.suppress(OSError, TypeError):  # a notebook has no file
+        params = parse_from_object(cls).params
+        return {one.arg_name: " ".join((one.description or "").split()) for one in params}
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
