@@ -12,7 +12,7 @@ from tarflowlm import config, model_config
 
 NAMES = """
     BaselineConfig FlowConfig Pretrained RunConfig Scores TarFlowLM TokenLM UserError coupling
-    elbo evaluate from_pretrained generate importance_weighted_bound load preset resume score
+    elbo evaluate from_pretrained generate importance_weighted_bound layer load preset resume score
     train
 """
 FIELDS = {

@@ -15,7 +15,7 @@ mine = lm.tune("my_text.txt", "runs/tuned", minutes=10)
 model, tokenizer = lm                   # modules of PyTorch
 tarflowlm.elbo, tarflowlm.importance_weighted_bound, tarflowlm.generate, tarflowlm.evaluate
 tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineConfig,
-tarflowlm.coupling
+tarflowlm.coupling, tarflowlm.layer
 """
 
 import importlib as _importlib

@@ -10,6 +10,7 @@ from tarflowlm.model import TarFlowLM as TarFlowLM
 from tarflowlm.model_config import BaselineConfig as BaselineConfig
 from tarflowlm.model_config import FlowConfig as FlowConfig
 from tarflowlm.model_config import coupling as coupling
+from tarflowlm.model_config import layer as layer
 from tarflowlm.objective import elbo as elbo
 from tarflowlm.objective import importance_weighted_bound as importance_weighted_bound
 from tarflowlm.presets import preset as preset

@@ -13,9 +13,34 @@ from annotated_types import Ge
 from tarflowlm.errors import UserError
 from tarflowlm.schema import Below1, Checked, Count, Positive, Whole
 
-Coupling = TypeVar("Coupling")
+Plugged = TypeVar("Plugged")
+"""A class of a user's own."""
 
 InPatch = Literal["autoregressive", "independent"]
+
+
+LAYERS: dict[str, Any] = {"gpt": None, "qwen3": None}
+"""The layers of Transformers by their names; those of users have a class (`layer`)."""
+
+
+def layer(name: str) -> Callable[[type[Plugged]], type[Plugged]]:
+    """Register a `flow.transformer.Layer` under a name, for `TransformerConfig.layer`.
+
+    UserError for a name that is taken.
+    """
+    if not name or not isinstance(name, str):
+        raise UserError(f"layer {name!r:.40}: give it a name, a str")
+
+    def register(kind: type[Plugged]) -> type[Plugged]:
+        if not hasattr(kind, "compute"):
+            raise UserError(f"layer {name!r}: {kind!r:.40} has no `compute` (docs/flow.md)")
+        # a notebook may run the cell that defines a class more than once
+        if name in LAYERS and getattr(LAYERS[name], "__qualname__", "") != kind.__qualname__:
+            raise UserError(f"layer {name!r} exists already: choose another name")
+        LAYERS[name] = kind
+        return kind
+
+    return register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +54,10 @@ class TransformerConfig(Checked):
     """Attention heads H; the width must be a multiple of 2 H."""
     mlp_ratio: Count = 4
     """Hidden width of the MLP, as a multiple of the width."""
-    layer: Literal["gpt", "qwen3"] = "gpt"
+    layer: str = "gpt"
     """gpt: an MLP with GELU, and a head with a bias. qwen3: a gated MLP of as many weights (SwiGLU;
-    Shazeer 2020), and no bias: the layers of Qwen3, which other programs run (docs/hub.md).
+    Shazeer 2020), and no bias: the layers of Qwen3, which other programs run (docs/hub.md). Or a
+    layer of your own, by its name (--import MODULE).
     """
     input_taps: Whole = 0
     """Positions that a causal convolution mixes into an input, channel by channel; 0: none."""
@@ -40,10 +66,18 @@ class TransformerConfig(Checked):
         pairs = 2 * self.num_heads
         if self.width % pairs:
             yield "width", f"must be a multiple of 2 * num_heads = {pairs}"
+        if self.layer not in LAYERS:
+            known = ", ".join(LAYERS)
+            yield "layer", f"choose one of {known}, or import your own (--import MODULE)"
 
     @property
     def head_width(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def layer_class(self) -> Any:
+        """The class of a user's own layer; None for ours."""
+        return LAYERS[self.layer]
 
     @property
     def is_gated(self) -> bool:
@@ -218,7 +252,7 @@ class MixD(BlockConfig):
 
 def coupling(
     name: str, options: type[BlockConfig] = ChannelBlock
-) -> Callable[[type[Coupling]], type[Coupling]]:
+) -> Callable[[type[Plugged]], type[Plugged]]:
     """Register a `flow.couplings.Coupling` under a name (docs/flow.md).
 
     The class gets its configuration as `options`: a subclass of `options`, a frozen dataclass.
@@ -227,7 +261,7 @@ def coupling(
     if not name or not isinstance(name, str):
         raise UserError(f"coupling {name!r:.40}: give it a name, a str")
 
-    def register(kind: type[Coupling]) -> type[Coupling]:
+    def register(kind: type[Plugged]) -> type[Plugged]:
         if not hasattr(kind, "conditionals"):
             raise UserError(f"coupling {name!r}: {kind!r:.40} has no `conditionals` (docs/flow.md)")
         known = BlockConfig.KINDS.get(name)

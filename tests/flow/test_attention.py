@@ -8,7 +8,7 @@ import torch
 from helpers import TRUNK, normal, randomise
 from tarflowlm import chunks
 from tarflowlm.flow.attention import KeptAttention, rotate, rotations
-from tarflowlm.flow.transformer import Layer
+from tarflowlm.flow.transformer import PreNormLayer
 
 
 def test_attention_sees_distances_not_places():
@@ -42,7 +42,7 @@ def test_a_compiler_gets_the_same_rotation_without_complex_numbers(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_attention_that_keeps_its_weights_equals_that_of_pytorch(dtype, monkeypatch):
     monkeypatch.setattr(KeptAttention, "ROWS", 4)
-    layer = randomise(Layer(replace(TRUNK, num_heads=2)))
+    layer = randomise(PreNormLayer(replace(TRUNK, num_heads=2)))
     x = normal(30, 8).requires_grad_()
     if dtype != torch.float64:
         layer, x = layer.float(), x.detach().float().requires_grad_()

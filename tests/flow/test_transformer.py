@@ -3,6 +3,7 @@ plain pass.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +12,29 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import tarflowlm
+from docs_cases import blocks
 from helpers import TRUNK, normal, randomise
+from tarflowlm.errors import UserError
 from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.cache import KVCache
-from tarflowlm.flow.transformer import Layer, Transformer, convolve
+from tarflowlm.flow.transformer import PreNormLayer, Transformer, convolve
+from tarflowlm.generation import generate
 from tarflowlm.model import seeded
+from tarflowlm.model_config import FlowConfig, MixD
 
+ROOT = Path(__file__).parents[2]
+LAYER = 2
+"""The place of the layer among the blocks of docs/flow.md."""
 T = 7
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
+exec(blocks(ROOT / "docs" / "flow.md", "python")[LAYER], {"__name__": "my_layers"})
 SHAPES = {
     **{f"{taps} taps": replace(TRUNK, input_taps=taps) for taps in (0, 1, 3, 9)},
     "qwen3": replace(TRUNK, layer="qwen3"),
+    "of docs/flow.md": replace(TRUNK, layer="grouped"),
 }
 
 
@@ -33,7 +44,7 @@ def transformer(request) -> Transformer:
         return randomise(Transformer(request.param, 2))
 
 
-def by_hand(x: Tensor, layer: Layer) -> Tensor:
+def by_hand(x: Tensor, layer: PreNormLayer) -> Tensor:
     """The layer on one sequence [N, D], in PyTorch's own words."""
     D = x.shape[-1]
     weights, E = layer.attention, len(layer.attention.key_scale)
@@ -59,7 +70,7 @@ def by_hand(x: Tensor, layer: Layer) -> Tensor:
 @pytest.mark.parametrize("layer", ["gpt", "qwen3"])
 def test_a_layer_is_the_formula(layer):
     with seeded(0):
-        layer = randomise(Layer(replace(TRUNK, num_heads=2, layer=layer)))
+        layer = randomise(PreNormLayer(replace(TRUNK, num_heads=2, layer=layer)))
     x = normal(T, 8)
     turns = rotations(torch.arange(T), 4)
     torch.testing.assert_close(layer(x, turns, T), by_hand(x, layer), rtol=1e-6, atol=1e-6)
@@ -115,7 +126,8 @@ def test_on_an_accelerator_steps_differ_by_numbers_alone(transformer):
         def step(x: Tensor, places: Tensor) -> Tensor:
             return cache.pass_on(x, places, seen, is_first=False)
 
-        return make_fx(step)(x[:, places], places.clone()).code
+        with torch.no_grad():
+            return make_fx(step)(x[:, places], places.clone()).code
 
     before = cache.extend(x[:, :60])
     steps = torch.cat([before, *(cache.extend(part) for part in x[:, 60:].split(1, 1))], 1)
@@ -178,3 +190,21 @@ def test_autocast_does_not_reach_the_cache(transformer):
     with torch.autocast("cpu", torch.bfloat16):
         parts = [cache.extend(part) for part in x.split([4, 2, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), transformer(x), **CLOSE)
+
+
+def test_a_model_of_own_layers_trains_and_writes():
+    trunk = SHAPES["of docs/flow.md"]
+    with seeded(0):
+        model = FlowConfig(vocab_size=5, context=8, trunk=trunk, blocks=(MixD(layers=2),)).build()
+    model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+    assert all(p.grad is not None for p in model.prior.block(0).transformer.parameters())
+    half = model.prior.block(0).allocate_cache(1, 8, half=True)
+    assert half.extend(torch.zeros(1, 2, 8)).shape == (1, 2, 8)
+    assert generate(model, num_tokens=8).tokens.shape == (1, 8)
+
+
+def test_a_name_of_a_layer_is_taken_once():
+    with pytest.raises(UserError, match="layer 'gpt' exists already"):
+        tarflowlm.layer("gpt")(PreNormLayer)
+    with pytest.raises(UserError, match="layer 'none': choose one of gpt, qwen3"):
+        replace(TRUNK, layer="none")

@@ -14,7 +14,7 @@ from training_cases import go, same_weights, tiny_run
 
 from helpers import metrics_of
 from tarflowlm.errors import Progress, UserError
-from tarflowlm.flow.transformer import Layer
+from tarflowlm.flow.transformer import PreNormLayer
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.runs.checkpoint import load_checkpoint, read_summary
 from tarflowlm.runs.records import read_record
@@ -319,7 +319,7 @@ def test_dropout_spares_evaluation_and_frozen_blocks(corpus_file):
     assert torch.equal(thinned(tokens, noise), plain(tokens, noise))
     other.train_only(2)
     parallelise(other.train(), replace(run.train, dropout=0.5), frozen=2)
-    shares = [layer.dropout for layer in other.modules() if isinstance(layer, Layer)]
+    shares = [layer.dropout for layer in other.modules() if isinstance(layer, PreNormLayer)]
     assert shares == [0.0, 0.0, 0.5]
 
 

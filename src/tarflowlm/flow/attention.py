@@ -31,7 +31,11 @@ def rotations(positions: Tensor, head_width: int) -> Tensor:
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the neighbouring channels (2 j, 2 j + 1) of x [..., E] by `turns` [..., E/2]."""
+    """Turn the neighbouring channels (2 j, 2 j + 1) of x [..., E] by `turns` [..., E/2].
+
+    In float32 or wider.
+    """
+    x = widen(x)
     pairs = x.view(*x.shape[:-1], x.shape[-1] // 2, 2)
     if torch.compiler.is_compiling():  # which does not fuse complex numbers
         (a, b), cos, sin = pairs.unbind(-1), turns.real.to(x.dtype), turns.imag.to(x.dtype)
@@ -95,10 +99,19 @@ kept_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = KeptAttention.apply
 
 
 def attend_causally(
-    q: Float[Tensor, "R H E"], k: Float[Tensor, "R H E"], v: Float[Tensor, "R H E"], *, length: int
+    q: Float[Tensor, "R H E"],
+    k: Float[Tensor, "R heads E"],
+    v: Float[Tensor, "R heads E"],
+    *,
+    length: int,
 ) -> Float[Tensor, "R D"]:
-    """Attention of each position to those up to it, with scores q k^T, in sequences of `length`."""
+    """Attention of each position to those up to it, with scores q k^T, in sequences of `length`.
+
+    Keys and values may have fewer heads, of which each serves several of the queries.
+    """
     on_cpu = q.device.type == "cpu"
+    if (shared := q.shape[1] // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     is_small = len(q) // length * q.shape[1] * length**2 <= chunks.KEPT
     is_kept = torch.is_grad_enabled() and is_eager_cpu(q) and is_small
     if on_cpu and not is_kept:  # where PyTorch's kernel is slower in bfloat16

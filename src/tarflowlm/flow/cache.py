@@ -1,7 +1,7 @@
 """The KV cache: a Transformer that goes on after the positions that it has read."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +13,7 @@ from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.token_heads import map_linearly
-from tarflowlm.flow.transformer import Embedder, LayerWeights, Transformer, layer
-
-
-def present_weights(transformer: Transformer, like: Tensor) -> list[LayerWeights]:
-    """The weights of all layers, matrices in the format of `like`."""
-
-    def cast(x: Tensor) -> Tensor:
-        return x.detach().to(like if x.ndim == 2 else widen(like))
-
-    return [
-        LayerWeights(*(None if x is None else cast(x) for x in w))  # type: ignore[arg-type]
-        for w in transformer.weights()
-    ]
+from tarflowlm.flow.transformer import Embedder, Layer, Transformer
 
 
 class Cache(ABC):
@@ -93,7 +81,8 @@ class KVCache(Cache):
         config = transformer.config
         taps = transformer.input_taps
         self.batch = batch
-        self.weights = present_weights(transformer, like)
+        layers = cast(list[Layer], list(transformer.layers))
+        self.layers = [one.step(like) for one in layers]
         self.norm = transformer.norm.weight.detach().to(like)
         # taps [K, D], the oldest position first, and inputs after K - 1 zeros
         self.taps = None if taps is None else taps.detach().flip(0).to(like)
@@ -103,11 +92,10 @@ class KVCache(Cache):
         self.has_sizes = like.device.type != "cpu"
         """Whether steps attend to a power of two of positions."""
         # zeros, because a masked position still enters products
-        self.stored = like.new_zeros(
-            len(self.weights), 2, batch, config.num_heads, capacity, config.head_width
-        )
+        heads, E = layers[0].key_heads, config.head_width
+        self.stored = like.new_zeros(len(layers), 2, batch, heads, capacity, E)
         self.positions = torch.arange(capacity, device=like.device)
-        turns = rotations(self.positions, config.head_width)
+        turns = rotations(self.positions, E)
         self.turns = turns.to(widen(like).dtype.to_complex())
 
     def rewind(self, length: int) -> None:
@@ -165,13 +153,13 @@ class KVCache(Cache):
             is_later = self.positions[:seen] > places[:, None]
             mask = h.new_zeros(N, seen).masked_fill_(is_later, -torch.inf)
         rows = h.flatten(0, 1)
-        for w, stored in zip(self.weights, self.stored.unbind(), strict=True):
-            rows = layer(rows, w, turns, Past(stored, places, seen, mask).attend)
+        for compute, stored in zip(self.layers, self.stored.unbind(), strict=True):
+            rows = compute(rows, turns, Past(stored, places, seen, mask).attend)
         return rows
 
 
 class Past(NamedTuple):
-    """The keys and values of one layer, [2, B, H, n, E], with room for those of new positions."""
+    """The keys and values of one layer, [2, B, heads, n, E], with room for new positions."""
 
     stored: Tensor
     places: Tensor
@@ -191,6 +179,12 @@ class Past(NamedTuple):
         keys, values = keys[:, :, : self.seen], values[:, :, : self.seen]
         is_causal = self.mask is None and q.shape[1] > 1
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, self.mask, is_causal=is_causal, scale=1.0
+            q.transpose(1, 2),
+            keys,
+            values,
+            self.mask,
+            is_causal=is_causal,
+            scale=1.0,
+            enable_gqa=q.shape[2] > keys.shape[1],
         )
         return y.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from tarflowlm.flow.cache import Cache
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.packing import array, packed
-from tarflowlm.flow.transformer import Embedder, Transformer
+from tarflowlm.flow.transformer import Embedder, PreNormLayer, Transformer
 
 if TYPE_CHECKING:
     from tarflowlm.compiled.step import Floats, InputArrays, LayerArrays
@@ -29,7 +29,7 @@ def layer_arrays(transformer: Transformer) -> "LayerArrays":
     from tarflowlm.compiled.step import LayerArrays
 
     taps = transformer.input_taps
-    every = transformer.weights()
+    every = [cast(PreNormLayer, one).weights() for one in transformer.layers]
 
     def stacked(*names: str) -> "Floats":
         """The weights of all layers, those of several names side by side."""

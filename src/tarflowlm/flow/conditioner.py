@@ -40,7 +40,7 @@ class Conditioner(nn.Module):
         """An empty KV cache for `num_positions` positions; `half`: in bfloat16."""
         like = self.start.bfloat16() if half else self.start
         cache: Cache
-        if serves(like, batch * num_positions):
+        if self.transformer.is_standard and serves(like, batch * num_positions):
             cache = CompiledCache(self.transformer, batch, num_positions)
         else:
             cache = KVCache(self.transformer, batch, num_positions, like)

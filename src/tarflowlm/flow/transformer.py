@@ -6,9 +6,11 @@ or not, and one over new positions after cached ones (`flow.cache`) differ in ho
 H heads have the width E = D / H.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,11 @@ from tarflowlm.flow.attention import attend_causally, rotate, rotations
 Embedder = Callable[[Tensor], Tensor]
 """From latents [B, n, C], or tokens [B, n P], to inputs of a Transformer [B, n, D]."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention of queries, keys and values [R, H, E] of R = B N rows, with scores q k^T: [R, D]."""
+"""Attention of queries, keys and values [R, H, E] of R = B N rows, with scores q k^T: [R, D]. Keys
+and values may have fewer heads.
+"""
+Compute = Callable[[Tensor, Tensor, Attend], Tensor]
+"""A pass of a layer, see `Layer.compute`."""
 
 
 class Shape(Protocol):
@@ -51,6 +57,10 @@ class Shape(Protocol):
     @property
     def input_taps(self) -> int:
         """Positions that a convolution mixes into an input."""
+
+    @property
+    def layer_class(self) -> Any:
+        """The class of layers of a user's own, a `Layer`; None: `PreNormLayer`."""
 
 
 class LayerWeights(NamedTuple):
@@ -101,34 +111,73 @@ def layer(
     return x + F.dropout(torch.mm(inner, w.down), dropout)
 
 
-class Attention(nn.Module):
-    """The weights of causal multi-head attention with layer-normalised queries and keys."""
-
-    def __init__(self, config: Shape) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.query_scale = nn.Parameter(torch.ones(config.head_width))
-        self.key_scale = nn.Parameter(torch.ones(config.head_width))
-
-
 class Layer(nn.Module):
-    """The parameters of a `layer`, and its pass over a whole sequence."""
+    """A layer of a Transformer, which a user may replace by one of his own (docs/flow.md).
+
+    To implement one, make the parameters in `__init__` from the `Shape`, and write `compute`.
+    Linear maps whose names end with "out" or "down" write to the residual stream: they start at
+    zero.
+    """
 
     keeps_activations = True
     """False: the backward pass recomputes all from the input."""
     dropout = 0.0
     """Share of the outputs of attention and MLP that is dropped in training."""
+    key_heads: int
+    """Heads of keys and values; queries have a multiple of them."""
 
-    def __init__(self, config: Shape) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, bias=False)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.width, bias=False)
-        gate = nn.Linear(config.width, config.hidden, bias=False) if config.is_gated else None
+        self.key_heads = shape.num_heads
+
+    @abstractmethod
+    def compute(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
+        """The rows x [R, D] of all positions after this layer; `turns` as in `layer`."""
+
+    def step(self, like: Tensor) -> Compute:
+        """`compute` with the present weights, matrices in the format of `like`; without a graph."""
+        if like.dtype == next(self.parameters()).dtype:
+            return self.compute
+        return deepcopy(self).eval().requires_grad_(False).to(like.dtype).compute
+
+    def forward(self, x: Tensor, turns: Tensor, length: int) -> Tensor:
+        """x [B N, D] for `length` N."""
+        attend = partial(attend_causally, length=length)
+        if self.keeps_activations:
+            return self.compute(x, turns, attend)
+        return checkpoint(
+            self.compute,
+            x,
+            turns,
+            attend,
+            use_reentrant=False,
+            preserve_rng_state=self.dropout > 0,
+        )
+
+
+class Attention(nn.Module):
+    """The weights of causal multi-head attention with layer-normalised queries and keys."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
+        self.out = nn.Linear(shape.width, shape.width, bias=False)
+        self.query_scale = nn.Parameter(torch.ones(shape.head_width))
+        self.key_scale = nn.Parameter(torch.ones(shape.head_width))
+
+
+class PreNormLayer(Layer):
+    """The parameters of a `layer`."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.attention_norm = nn.LayerNorm(shape.width, bias=False)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.LayerNorm(shape.width, bias=False)
+        gate = nn.Linear(shape.width, shape.hidden, bias=False) if shape.is_gated else None
         self.gate = gate
-        self.up = nn.Linear(config.width, config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.up = nn.Linear(shape.width, shape.hidden, bias=False)
+        self.down = nn.Linear(shape.hidden, shape.width, bias=False)
 
     def weights(self) -> LayerWeights:
         attention = self.attention
@@ -148,23 +197,16 @@ class Layer(nn.Module):
             down=self.down.weight.T,
         )
 
-    def forward(self, x: Tensor, turns: Tensor, length: int) -> Tensor:
-        """x [B N, D] for `length` N."""
-        if self.keeps_activations:
-            return self._compute(x, turns, length)
-        return checkpoint(
-            self._compute,
-            x,
-            turns,
-            length,
-            use_reentrant=False,
-            preserve_rng_state=self.dropout > 0,
-        )
+    def compute(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
+        return layer(x, self.weights(), turns, attend, self.dropout if self.training else 0.0)
 
-    def _compute(self, x: Tensor, turns: Tensor, length: int) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        attend = partial(attend_causally, length=length)
-        return layer(x, self.weights(), turns, attend, dropout)
+    def step(self, like: Tensor) -> Compute:
+        def cast(x: Tensor) -> Tensor:
+            return x.detach().to(like if x.ndim == 2 else widen(like))
+
+        present = (None if x is None else cast(x) for x in self.weights())
+        w = LayerWeights(*present)  # type: ignore[arg-type]
+        return lambda x, turns, attend: layer(x, w, turns, attend)
 
 
 def convolve(x: Tensor, taps: Tensor) -> Tensor:
@@ -187,18 +229,20 @@ class Transformer(nn.Module):
     def __init__(self, config: Shape, num_layers: int) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Layer(config) for _ in range(num_layers))
+        kind: type[Layer] = config.layer_class or PreNormLayer
+        self.layers = nn.ModuleList(kind(config) for _ in range(num_layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
         identity = torch.eye(config.input_taps, 1).repeat(1, config.width)
         self.input_taps = nn.Parameter(identity) if config.input_taps else None
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                writes = name.endswith(("attention.out", "down"))
+                writes = name.endswith(("out", "down"))
                 nn.init.normal_(module.weight, std=0.0 if writes else module.in_features**-0.5)
 
-    def weights(self) -> list[LayerWeights]:
-        """The weights of all layers."""
-        return [one.weights() for one in self.layers]  # type: ignore[operator]
+    @property
+    def is_standard(self) -> bool:
+        """Whether all layers are `PreNormLayer`s, which compiled steps take."""
+        return all(type(one) is PreNormLayer for one in self.layers)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         B, N, _ = x.shape

@@ -1,6 +1,7 @@
 """Sampling from either model: free, after a prompt, or around given tokens.
 
-Read `generate_plainly` first: a free text needs nothing else. Then read `plan`, `Writer` and `decoder`.
+Read `generate_plainly` first: a free text needs nothing else. Then read `plan`, `Writer` and
+`decoder`.
 """
 
 from tarflowlm.generation.generate import generate, generate_plainly

@@ -19,7 +19,7 @@ from tarflowlm.errors import UserError, command
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
-from tarflowlm.model_config import Affine, BlockConfig, FlowConfig
+from tarflowlm.model_config import LAYERS, Affine, BlockConfig, FlowConfig, TransformerConfig
 from tarflowlm.runs import (
     BEST,
     CONFIG,
@@ -63,10 +63,14 @@ class Checkpoint:
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer.json of a run directory.
 
-    A coupling of a user's own comes with the name of its module, which is never imported from here.
+    Couplings and layers of a user's own come with the names of their modules, which are never
+    imported from here.
     """
     blocks = [block for block in getattr(run.model, "blocks", ()) if block.implementation]
     own = {block.coupling: block.implementation.__module__ for block in blocks}
+    trunk = run.model.trunk
+    if trunk.layer_class is not None:
+        own[trunk.layer] = trunk.layer_class.__module__
     imports = {name: module for name, module in own.items() if module != "__main__"}
     head = {"model_type": MODEL_TYPE} | ({"imports": imports} if imports else {})
     write_json(directory / CONFIG, head | to_dict(run))
@@ -89,11 +93,17 @@ def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
     is_run = isinstance(document, dict) and document.pop("model_type", None) == MODEL_TYPE
     if not is_run or not isinstance(imports := document.pop("imports", {}), dict):
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")
-    missing = {name: imports[name] for name in imports if name not in BlockConfig.KINDS}
+    known = BlockConfig.KINDS.keys() | LAYERS.keys()
+    missing = {name: imports[name] for name in imports if name not in known}
+    trunk = document["model"]["trunk"] if missing else {}
+    own_layer = trunk.get("layer") if trunk.get("layer") in missing else None
     for name, module in missing.items():
         if not is_shown:
-            what = f"{directory} has the coupling {name!r} of your module {module}"
+            kind = "layer" if name == own_layer else "coupling"
+            what = f"{directory} has the {kind} {name!r} of your module {module}"
             raise UserError(f"{what}: import that first, or pass --import {module}")
+    if own_layer is not None:
+        trunk["layer"] = TransformerConfig.layer
     names = {}
     for index, block in enumerate(document["model"]["blocks"] if missing else ()):
         if block["coupling"] in missing:
@@ -106,6 +116,9 @@ def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
+    if own_layer is not None:
+        shown = run.model.trunk.unchecked(layer=own_layer)
+        run = replace(run, model=run.model.unchecked(trunk=shown))
     if not names:
         return run
     assert isinstance(run.model, FlowConfig)

@@ -26,7 +26,7 @@ from tarflowlm.data.tokenizer import BYTE_SYMBOLS, SEPARATOR, Document
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, write_json
 from tarflowlm.flow.conditioner import Conditioner
-from tarflowlm.flow.transformer import Layer
+from tarflowlm.flow.transformer import PreNormLayer
 from tarflowlm.runs import TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint, write_weights
 
@@ -201,7 +201,7 @@ def weights_of(
         "lm_head.weight": head.weight,
     }
     for index, layer in enumerate(transformer.layers):
-        assert isinstance(layer, Layer)
+        assert isinstance(layer, PreNormLayer)
         assert layer.gate is not None
         attention = layer.attention
         q, k, v = attention.qkv.weight.chunk(3)
