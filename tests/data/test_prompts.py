@@ -8,7 +8,7 @@ from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_to
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.prompts import (
     BLANK,
-    LONGEST,
+    LONGEST_GAP,
     read,
     read_stop,
     read_template,
@@ -173,8 +173,8 @@ def test_given_text_around_gaps_comes_out_unchanged(tokenizer):
     reading = read_template(tokenizer, GAPS)
     pieces = [tokenizer.decode(piece.tolist()) for piece in reading.parts[::2]]
     gaps = reading.parts[1::2]
-    assert [(gap.least, gap.most) for gap in gaps] == [(1, LONGEST), (1, 12), (1, 3)]
-    assert len(reading.tokens) == sum(len(piece) for piece in reading.parts[::2]) + LONGEST + 15
+    assert [(gap.least, gap.most) for gap in gaps] == [(1, LONGEST_GAP), (1, 12), (1, 3)]
+    assert len(reading.tokens) == sum(len(piece) for piece in reading.parts[::2]) + LONGEST_GAP + 15
     text = pieces[0]
     for gap, piece in zip(gaps, pieces[1:], strict=True):
         # what a gap may begin with restores the space that was left to it
@@ -187,7 +187,7 @@ def test_given_text_around_gaps_comes_out_unchanged(tokenizer):
             assert kept
             assert all(token.startswith(b" ") for token in kept)
     mixed = read_template(tokenizer, "[...] of _ it").parts[1::2]
-    assert [gap.most for gap in mixed] == [LONGEST, 1]
+    assert [gap.most for gap in mixed] == [LONGEST_GAP, 1]
     blanks = read_template(tokenizer, "the _ of").parts[1::2]
     assert [gap.most for gap in blanks] == [1]
 
