@@ -262,7 +262,7 @@ class TarFlowLM(LanguageModel):
         """One sample of the negative ELBO, in nats (docs/math.md, eq. 11a).
 
         If a single block is a mixture of the codebook's components (eq. 12), one pass over these
-        gives both sums.
+        gives both sums. Such a block is the first, which runs from left to right.
         """
         block = self.prior.block(0)
         tied = block.coupling

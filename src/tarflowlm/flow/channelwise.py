@@ -28,8 +28,10 @@ class ChannelCoupling(Coupling):
     """A coupling of groups of C/G channels, with parameters from an autoregressive head.
 
     To implement one, `__init__` takes `channels` (C), the shape of a `head` and its own options by
-    name, and makes that head; `to_noise` and `to_latents` map a group from its outputs, with any
-    leading axes. docs/flow.md has one in 30 lines.
+    name, and makes that head; `to_noise` and `to_latents` map a group from its outputs. In a
+    forward pass a group is [G, B, N, C/G], in an inverse [B, C/G]. The noise has to be standard
+    normal, whatever p(z) is: log du/dz = log p(z) - log N(u; 0, 1). docs/flow.md has one in 30
+    lines.
     """
 
     group = 1

@@ -21,7 +21,11 @@ class FlowBlock(Conditioner):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
     Position n, in the block's own order, is transformed with parameters that depend on the
-    positions before it. The order is undone on output, so the codebook can decode every state.
+    positions before it, through features
+
+        c_1, ..., c_N = Transformer(start, input(h_1), ..., input(h_{N-1}))
+
+    of which c_n sees a learned `start` and h_1, ..., h_{n-1}. The order is undone on output, so the codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
     embedding of the tokens that the latents decode to.

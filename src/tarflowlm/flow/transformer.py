@@ -64,7 +64,8 @@ class Shape(Protocol):
 
 
 class LayerWeights(NamedTuple):
-    """The weights that `layer` reads; matrices are [inputs, outputs].
+    """The weights that `layer` reads; matrices are [inputs, outputs]. H heads each have queries,
+    keys and values.
 
     The channels of queries and keys are reordered: the pair (i, i + E/2) becomes (2 i, 2 i + 1), a
     complex number, whose rotation is one product. Scores do not depend on the order.
@@ -124,7 +125,9 @@ class Layer(nn.Module):
     dropout = 0.0
     """Share of the outputs of attention and MLP that is dropped in training."""
     key_heads: int
-    """Heads of keys and values; queries have a multiple of them."""
+    """Heads of keys and values, which the KV cache has room for. Of H heads of queries, the first
+    H / key_heads share the first of them, and so on.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -135,7 +138,9 @@ class Layer(nn.Module):
         """The rows x [R, D] of all positions after this layer; `turns` as in `layer`."""
 
     def step(self, like: Tensor) -> Compute:
-        """`compute` with the present weights, matrices in the format of `like`; without a graph."""
+        """`compute` for writing: with matrices in the format of `like`, and the weights that the
+        layer has when this is called, or those that it has later.
+        """
         if like.dtype == next(self.parameters()).dtype:
             return self.compute
         return deepcopy(self).eval().requires_grad_(False).to(like.dtype).compute
@@ -202,6 +207,7 @@ class PreNormLayer(Layer):
 
     def step(self, like: Tensor) -> Compute:
         def cast(x: Tensor) -> Tensor:
+            # vectors, and the scales [2, 1, E], stay wide
             return x.detach().to(like if x.ndim == 2 else widen(like))
 
         present = (None if x is None else cast(x) for x in self.weights())

@@ -178,7 +178,8 @@ class TokenDecoder(Decoder):
     def log_prob(self, features: Tensor, here: Place) -> Tensor:
         """log p [b, n, P] of the tokens at these places, in nats, given features [b, n, D].
 
-        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
+        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21). Tokens are
+        given only where the mixture is one of the encoder's codebook, as the second sum needs.
         """
         if isinstance(self.law, MixDCoupling):
             return self.law.token_log_prob(self.values[here], features, relative=True)
@@ -225,7 +226,14 @@ class Drawing(TokenDecoder):
         super().__init__(model, index, tokens, None, self.noise, is_known, half=half)
 
     def step(self) -> Tensor | None:
-        """Write the next position: log p [B] of its given tokens, in nats; None without any."""
+        """Write the next position: log p [B] of its given tokens, in nats; None without any.
+
+            x_t = argmax_k (log w_k + g_k)    with Gumbel numbers g, after the sampler changed log w
+            z_t = mu_x + sigma_x eps_t
+
+        is an exact draw from the mixture (docs/math.md, eq. 18d). The text has what z_t decodes to,
+        which is x_t where codes are apart, and z_t is what the next position reads.
+        """
         features, is_known = self.next_features()
         here = self.there, self.at
         given, noise = self.tokens[here], self.noise[here]

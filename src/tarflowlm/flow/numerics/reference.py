@@ -154,7 +154,7 @@ def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:
     """log alpha_k + log N(z_i; mu_ki, s_k^2) + log(2 pi) / 2, [N, K] (docs/math.md, eq. 9).
 
     Bayes' rule after channel i, whose standardised values are a [N, K]. The result still has to be
-    normalised; its logsumexp gives log p_i.
+    normalised; its logsumexp, less log(2 pi) / 2, is log p_i.
     """
     return log_alpha - 0.5 * a * a - log_std
 
