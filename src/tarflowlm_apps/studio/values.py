@@ -43,9 +43,9 @@ LINKED = ("model", "beside", "text", "length", "temperature", "top_p", "num", "s
 """Names of the values of a request to write, in the link above its result."""
 
 
-def to_address(values: Sequence[object]) -> str:
+def to_address(values: Mapping[str, object]) -> str:
     """The link to a request to write."""
-    return f"?{urlencode(dict(zip(LINKED, values, strict=True)))}"
+    return f"?{urlencode(values)}"
 
 
 def from_address(

@@ -31,42 +31,38 @@ LOOSELY = "With one candidate this model mostly ignores the given text: see Infi
 MORE = "Infill can take more particles"
 
 
-def write(
-    catalogue: Catalogue,
-    model: object,
-    beside: object,
-    text: object,
-    length: object,
-    temperature: object,
-    top_p: object,
-    num: object,
-    seed: object,
-) -> pieces.Pages:
-    """The text while it is written, then the samples and their passes. Two models have columns."""
-    start = values.text(text)
-    other = beside[0] if isinstance(beside, list) and beside else beside or ""
-    rest = (other, start, length, temperature, top_p, num, seed)
+def write(catalogue: Catalogue, *given: object) -> pieces.Pages:
+    """The text while it is written, then the samples and their passes. Two models have columns.
+
+    `values.LINKED` names the `given` values.
+    """
+    asked = dict(zip(values.LINKED, given, strict=True))
+    start = asked["text"] = values.text(asked["text"])
+    model, beside = asked["model"], asked["beside"]
+    other = asked["beside"] = beside[0] if isinstance(beside, list) and beside else beside or ""
     names = (model, other) if other not in ("", model) else (model,)
     for name in names if has_gap(start) else ():
         able = catalogue.for_gaps(name)
         if able != name:
-            instead = (able, *rest) if name == model else (model, able, *rest[1:])
-            link = values.to_address(instead)
+            place = "model" if name == model else "beside"
+            link = values.to_address(asked | {place: able})
             yield pieces.page(pieces.notice(no_gaps(name), f"use {able}", link))
             return
     is_template = has_blanks(start)
     prompt = "" if is_template else unescaped(start, Writing.blank)
-    cut = values.number(top_p, "top-p", 0.05, 1.0)
+    cut = values.number(asked["top_p"], "top-p", 0.05, 1.0)
     request = Writing(
         prompt=prompt or None,
         template=start if is_template else None,
-        num_tokens=None if is_template else values.whole(length, "length", 1, values.TOKENS),
-        temperature=values.number(temperature, "temperature", 0.1, 2.0),
+        num_tokens=None
+        if is_template
+        else values.whole(asked["length"], "length", 1, values.TOKENS),
+        temperature=values.number(asked["temperature"], "temperature", 0.1, 2.0),
         top_p=None if cut == 1.0 or is_template else cut,
-        num=values.whole(num, "samples", 1, values.SAMPLES),
-        seed=values.seed(seed),
+        num=values.whole(asked["num"], "samples", 1, values.SAMPLES),
+        seed=values.seed(asked["seed"]),
     )
-    link = values.to_address((model, *rest))
+    link = values.to_address(asked)
     columns: list[str] = []
 
     def shown(above: str, *cards: str) -> str:
