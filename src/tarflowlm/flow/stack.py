@@ -25,7 +25,8 @@ class FlowBlock(Conditioner):
 
         c_1, ..., c_N = Transformer(start, input(h_1), ..., input(h_{N-1}))
 
-    of which c_n sees a learned `start` and h_1, ..., h_{n-1}. The order is undone on output, so the codebook can decode every state.
+    of which c_n sees a learned `start` and h_1, ..., h_{n-1}. The order is undone on output, so the
+    codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
     embedding of the tokens that the latents decode to.
