@@ -40,7 +40,8 @@ API = {
     "configuration": (
         "Configuration",
         """
-        preset RunConfig FlowConfig BaselineConfig coupling model_config.LanguageModelConfig
+        preset RunConfig FlowConfig BaselineConfig coupling layer
+        model_config.LanguageModelConfig
         model_config.BlockConfig model_config.Affine model_config.TokenAffine model_config.Mix1
         model_config.MixD model_config.TransformerConfig
         config.DataConfig config.TokenizerConfig config.TrainConfig config.OptimConfig
@@ -53,10 +54,10 @@ API = {
         flow.numerics.mixture_log_density flow.numerics.mixture.rosenblatt
         flow.numerics.rosenblatt_inverse flow.numerics.mixture_log_prob
         flow.numerics.log_standard_normal flow.numerics.standard_normal_log_prob
-        flow.stack.Prior flow.stack.FlowBlock flow.plan.Order flow.codebook.Codebook
+        flow.stack.Prior flow.stack.FlowBlock flow.order.Order flow.codebook.Codebook
         flow.couplings.Coupling flow.channelwise.ChannelCoupling flow.channelwise.AffineCoupling
         flow.channelwise.Mix1Coupling flow.mixd.MixDCoupling flow.heads.HeadShape
-        flow.heads.AutoregressiveHead
+        flow.heads.AutoregressiveHead flow.transformer.Layer
         """,
     ),
 }

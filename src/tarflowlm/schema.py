@@ -54,10 +54,11 @@ TopP = Annotated[float, Interval(ge=1e-30, le=1), "top_k 1 takes the most probab
 
 
 class WrongType(UserError):
-    """A value of another type than its field or parameter."""
+    """A value of another type than its field or parameter, or none of its choices."""
 
-    def __init__(self, name: str, value: object, remedy: str) -> None:
-        super().__init__(f"{name} {_shown(value)}: {remedy}")
+    def __init__(self, name: str, value: object, remedy: str, *, is_choice: bool = False) -> None:
+        shown = f"{value!r:.40}" if is_choice else _shown(value)
+        super().__init__(f"{name} {shown}: {remedy}")
         self.name = name
         self.value = value
         self.remedy = remedy
@@ -79,7 +80,8 @@ def checked(value: Any, hint: object, where: str) -> Any:
         return _one_of(value, kinds, where)
     if origin is typing.Literal:
         if value not in kinds:
-            raise WrongType(where, value, f"choose one of {', '.join(map(str, kinds))}")
+            remedy = f"choose one of {', '.join(map(str, kinds))}"
+            raise WrongType(where, value, remedy, is_choice=True)
         return value
     if origin in (tuple, Sequence):
         check_type(value, where, (tuple, list), f"give {_wanted(hint)}")
