@@ -97,7 +97,7 @@ LIMITS = {
 @pytest.mark.parametrize("banned", [None, 3])
 def test_a_draw_is_that_of_the_plain_one(limits, banned):
     K, rows = 97, 400
-    adjust = Sampling(**LIMITS[limits]).adjust(K, banned)
+    adjust = Sampling(**LIMITS[limits]).adjustment(K, banned)
     gumbel = Gumbel(torch.arange(rows) * 2**50, 4, (2, K))
     for scale in (0.1, 3.0, 30.0):
         log_w = scale * normal(rows, K)
@@ -115,7 +115,7 @@ def test_a_draw_is_that_of_the_plain_one(limits, banned):
 def test_equal_weights_keep_as_many_as_asked():
     log_w = torch.zeros(1, 8)
     for name, number in (("top_k", 3), ("top_p", 0.3)):
-        adjust = Sampling(**{name: number}).adjust(8)
+        adjust = Sampling(**{name: number}).adjustment(8)
         gumbel = Gumbel(torch.arange(300), 1, (1, 8))
         found = gumbel.draw(log_w.repeat(300, 1), adjust, slice(None), 0, 0, is_compiled=True)
         assert sorted(set(found.tolist())) == [0, 1, 2]

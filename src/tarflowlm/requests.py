@@ -52,8 +52,8 @@ class Request(Seeded, Normalized):
             if one.name == "replace":
                 words += [option, *value]
                 continue
-            if one.name == "allowed":
-                raise UserError("allowed has no option of a command: leave it out")
+            if one.name in ("allowed", "adjust"):
+                raise UserError(f"{one.name} has no option of a command: leave it out")
             texts = value if isinstance(value, tuple) else (str(value),)
             if len(texts) != 1 and one.name not in self.REPEATED:
                 what = f"{one.name} of {len(texts)} texts has no option of a command"
@@ -107,8 +107,12 @@ class Sampling(Tempered):
     """steps: one token at a time; sweeps: invert noise in all blocks, in parallel; auto: sweeps in
     the blocks where they cost less.
     """
+    adjust: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """A sampler of your own: a function of log-weights of tokens [..., V] to log-weights, before
+    the other options. In Python only.
+    """
 
-    def adjust(self, vocab_size: int, banned: int | None = None) -> "Adjustment | None":
+    def adjustment(self, vocab_size: int, banned: int | None = None) -> "Adjustment | None":
         """What these options and a `banned` token do to log-weights; None for nothing."""
         found = Adjustment(self, vocab_size, banned)
         return None if found.is_plain and banned is None else found
@@ -121,10 +125,10 @@ ADJUSTMENTS = {one.name for one in fields(Sampling)} - {"particles", "decoder"}
 class Adjustment:
     """A map of log-weights of tokens [..., V] to log-weights (docs/math.md, 7).
 
-    It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the fewest of
-    the largest whose probabilities add up to `top_p`, then all of at least `min_p` times the
-    largest probability (Nguyen et al. 2024). Dropped tokens, and the `banned` one, get the lowest
-    log-weight of the format, or -inf: probability zero.
+    It applies the function `adjust`, raises weights to the power 1 / `temperature`, keeps the
+    `top_k` largest, then the fewest of the largest whose probabilities add up to `top_p`, then all
+    of at least `min_p` times the largest probability (Nguyen et al. 2024). Dropped tokens, and the
+    `banned` one, get the lowest log-weight of the format, or -inf: probability zero.
     """
 
     def __init__(self, options: Sampling, vocab_size: int, banned: int | None) -> None:
@@ -134,10 +138,14 @@ class Adjustment:
         self.top_p = options.top_p if (options.top_p or 1.0) < 1.0 else None
         self.min_p = options.min_p or None
         self.banned = banned
+        own = options.adjust
+        if own is not None and not callable(own):
+            raise UserError(f"adjust {own!r:.40}: give a function of log-weights [..., V]")
+        self.own = own
         limits = {"raise top-k": self.top_k, "raise top-p": self.top_p, "lower min-p": self.min_p}
         self.remedies = [step for step, limit in limits.items() if limit is not None]
         """What makes each limit drop fewer tokens."""
-        self.is_plain = self.temperature == 1.0 and not self.remedies
+        self.is_plain = self.temperature == 1.0 and not self.remedies and own is None
         """Whether only the banned token is dropped."""
         self.limits = (
             -1 if banned is None else banned,
@@ -152,6 +160,8 @@ class Adjustment:
         import torch
 
         lowest = torch.finfo(log_w.dtype).min
+        if self.own is not None:
+            log_w = self._adjusted(log_w)
         if self.banned is not None:
             index = torch.tensor([self.banned], device=log_w.device)
             log_w = log_w.index_fill(-1, index, lowest)
@@ -172,6 +182,17 @@ class Adjustment:
             least = log_w.amax(-1, True) + math.log(self.min_p)
             log_w = log_w.masked_fill(log_w < least, lowest)
         return log_w
+
+    def _adjusted(self, log_w: "Tensor") -> "Tensor":
+        import torch
+
+        found = self.own(log_w) if callable(self.own) else log_w
+        if not torch.is_tensor(found) or found.shape != log_w.shape:
+            shape = list(found.shape) if torch.is_tensor(found) else type(found).__name__
+            wanted = f"return log-weights of the shape {list(log_w.shape)}"
+            raise UserError(f"adjust returned {shape}: {wanted}")
+        # a function may say -inf
+        return found.to(log_w).clamp_min(torch.finfo(log_w.dtype).min)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ def options_of(args: type) -> Iterator[str]:
     for name, hint in get_type_hints(args).items():
         if is_dataclass(hint) and issubclass(hint, Request):
             yield from options_of(hint)
-        elif name in {one.name for one in fields(args)} - {"allowed"}:
+        elif name in {one.name for one in fields(args)} - {"allowed", "adjust"}:
             yield flag(name).removeprefix("--")
 
 

@@ -126,7 +126,7 @@ def test_temperature_is_a_power_of_the_weights(temperature):
     power = discrete_probabilities(model, 1, 4) ** (1 / temperature)
     with torch.no_grad():
         states, _ = invert_stack(
-            model, normal(NUM, 1, 2), adjust=Sampling(temperature=temperature).adjust(4)
+            model, normal(NUM, 1, 2), adjust=Sampling(temperature=temperature).adjustment(4)
         )
         z = states[-1]
     assert_frequencies(model.codebook.decode(z), power / power.sum(), 4)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import tarflowlm
 from tarflowlm.errors import UserError
 from tarflowlm.requests import Sampling
 
@@ -13,7 +14,7 @@ PROBABILITIES = torch.tensor([[0.3, 0.05, 0.5, 0.15]], dtype=torch.float64)
 
 def adjusted(**options) -> list[float]:
     # no map where nothing changes
-    adjust = Sampling(**options).adjust(4) or (lambda log_w: log_w)
+    adjust = Sampling(**options).adjustment(4) or (lambda log_w: log_w)
     # log-weights need not be normalised
     return adjust(PROBABILITIES.log() + 3.0).softmax(-1)[0].tolist()
 
@@ -78,7 +79,7 @@ def test_the_options_apply_one_after_another():
 def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
     """A cumulative sum in float32 reaches 1 thousands of components early."""
     log_w = 3 * torch.randn(4, 50_257, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    adjust = Sampling(temperature=0.999, top_p=1.0).adjust(50_257)
+    adjust = Sampling(temperature=0.999, top_p=1.0).adjustment(50_257)
     assert adjust is not None
     torch.testing.assert_close(adjust(log_w), (log_w / 0.999).log_softmax(-1))
 
@@ -98,3 +99,26 @@ def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
 def test_senseless_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+def test_a_sampler_of_ones_own_is_a_function_of_log_weights():
+    """Before the options, and on all roads: in a flow, the baseline, a gap and a stream."""
+    lm = tarflowlm.load("english-small")
+    warm = lm.write("The king", num_tokens=12, temperature=0.5, top_p=0.8)
+    own = lm.write("The king", num_tokens=12, temperature=1, adjust=lambda w: 2 * w, top_p=0.8)
+    assert own == warm
+    assert "".join(lm.stream("The king", num_tokens=12, adjust=lambda w: 2 * w, top_p=0.8)) == warm
+    without = torch.tensor([b"e" in token for token in lm.tokenizer.token_bytes])
+    never = {"adjust": lambda w: w.masked_fill(without, -torch.inf), "num_tokens": 20}
+    for model in (lm, tarflowlm.load("english-small-ar")):
+        assert "e" not in model.write(**never)
+    assert "e" not in lm.fill("A man [...] a dog.", adjust=never["adjust"])
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [(1, "adjust 1: give a function"), (lambda w: w[:0], "return log-weights of the shape")],
+)
+def test_a_function_that_is_no_sampler_is_refused(own, said):
+    with pytest.raises(UserError, match=said):
+        tarflowlm.load("english-mini").write(num_tokens=3, adjust=own)

@@ -84,7 +84,7 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
         u[:, first:end] = prior.patch(source.normal(R, N * patch, C // patch))[:, first:end]
         stays.view(-1)[slice(*span)] = False
     tempered = Sampling(temperature=candidates.temperature)
-    adjust = tempered.adjust(model.config.vocab_size, candidates.banned)
+    adjust = tempered.adjustment(model.config.vocab_size, candidates.banned)
     rows = Inversion(block, u, adjust, known=h, is_known=stays.expand(R, -1, -1))
     log_w = _redrawn(rows, known[:, :first], end)
     h, u = rows.values, rows.noise
@@ -110,7 +110,7 @@ def propose_tokens(source: Source, span: Span, candidates: Candidates) -> Propos
     tokens = text.tokens.repeat(R, 1)
     no_latents = noise.normal(tokens.shape[1])
     tempered = Sampling(temperature=candidates.temperature)
-    adjust = tempered.adjust(model.config.vocab_size, candidates.banned)
+    adjust = tempered.adjustment(model.config.vocab_size, candidates.banned)
     given = tokens.cpu()
     given[:, slice(*span)] = BLANK
     rows = Drawing(model, 0, no_latents, noise.draws(tokens.shape[1]), given, adjust)

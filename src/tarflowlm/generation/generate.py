@@ -78,6 +78,7 @@ def generate(
 
     `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
     block 1 tied to the codebook, to the power 1 / tau; `top_k`, `top_p` and `min_p` truncate them.
+    `adjust`, a function of log-weights [..., V] to log-weights, is a sampler of your own.
     Other flows refuse. In a stack that fills in (eq. 9a) they change the weights of all blocks, or
     with several particles the weights of block 1 alone.
 

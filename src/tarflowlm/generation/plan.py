@@ -192,7 +192,7 @@ def _check_open(model: LanguageModel, num_tokens: int, lead: int) -> None:
 
 def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> Adjustment | None:
     takes = model.config.takes_temperature
-    adjust = sampling.adjust(model.config.vocab_size, banned if takes else None)
+    adjust = sampling.adjustment(model.config.vocab_size, banned if takes else None)
     if adjust is not None and not takes:
         names = sorted(sampling.given() & ADJUSTMENTS)
         asked = ", ".join(f"{name} {getattr(sampling, name)}" for name in names)

@@ -109,7 +109,7 @@ class Gumbel:
         is_compiled: bool = False,
     ) -> Tensor:
         """A choice [b] of each of these rows at a place, from log-weights [b, K] of its group."""
-        if is_compiled:
+        if is_compiled and (adjust is None or adjust.own is None):
             from tarflowlm.compiled.draw import Limits, draw
 
             K = self.choices[1]
