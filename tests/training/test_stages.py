@@ -38,6 +38,7 @@ TRAIN_KEYS = {
     "split",
     "step",
     "tokens",
+    "seconds",
     "block",
     "nats_per_token",
     "bpc",
@@ -46,7 +47,9 @@ TRAIN_KEYS = {
     "tokens_per_second",
     "data_share",
 }
-VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr", "text"}
+VALID_KEYS = (
+    TRAIN_KEYS - {"lr", "grad_norm", "tokens_per_second", "data_share"} | {"stderr", "text"}
+)
 
 
 class Watcher(Progress):

@@ -109,11 +109,9 @@ def cut(run: RunConfig | None, out: Path, at: int, **options: Any) -> None:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the speeds, the one thing in them that is not
-    reproducible.
-    """
-    speeds = ("tokens_per_second", "data_share")
-    return [{k: v for k, v in line.items() if k not in speeds} for line in metrics_of(directory)]
+    """The lines of metrics.jsonl without times, the one thing in them that is not reproducible."""
+    times = ("seconds", "tokens_per_second", "data_share")
+    return [{k: v for k, v in line.items() if k not in times} for line in metrics_of(directory)]
 
 
 def same_weights(left: Path, right: Path) -> bool:

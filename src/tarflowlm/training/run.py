@@ -51,9 +51,14 @@ class Counters:
         """Whether the steps or the time of the stage are used up; the first one takes a step."""
         return self.step > 0 and self.share >= 1
 
-    def place(self) -> dict[str, int]:
+    def place(self) -> dict[str, int | float]:
         """The place of the run for a line of the log; `block` also counts blocks that left."""
-        return {"step": self.step, "tokens": self.tokens, "block": self.stage + self.idle + 1}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.training, 2),
+            "block": self.stage + self.idle + 1,
+        }
 
     def progress(self, train: TrainConfig) -> tuple[int, int]:
         """How much of the stage is done, and of how much: in steps, or thousandths of its time."""
