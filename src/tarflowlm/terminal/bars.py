@@ -182,7 +182,8 @@ class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
             if self.is_wide:
                 shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
-            shown["valid"] = f"valid {record['bpc']:.3f}"
+            untrained = " before training" if record["step"] == 0 else ""
+            shown["valid"] = f"valid {record['bpc']:.3f}{untrained}"
             if "text" in record:
                 self._quote(str(record["text"]))
         self._step = int(record["step"])
