@@ -349,6 +349,18 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     assert f"<= {rows['a/finished']['bpc']:.4f} *" in shown.out
     assert shown.out.count("(bpc) and more") == 2
     assert "broken: config.json" in shown.out
+    assert rows["stopped"]["settings"] == {}
+    other = json.loads((tmp_path / "stopped" / "config.json").read_text(encoding="utf-8"))
+    other["seed"], other["optim"]["lr"] = 1, 0.5
+    (tmp_path / "stopped" / "config.json").write_text(json.dumps(other), encoding="utf-8")
+    rows = {row["name"]: row for row in run_json("runs", tmp_path)["runs"]}
+    assert rows["stopped"]["settings"] == {"optim.lr": 0.5, "seed": 1}
+    other["optim"]["lr"] = config["optim"]["lr"]
+    shutil.copytree(trained, tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text(json.dumps(other), encoding="utf-8")
+    shown = run("runs", tmp_path)
+    assert "lr" in shown.out
+    assert "± 0.0000 (test) over 2 seeds: a/finished, again" in shown.err + shown.out
     monkeypatch.setenv("COLUMNS", "56")
     assert f"<= {rows['a/finished']['bpc']:.4f} *" in run("runs", tmp_path).out
     with writer_lock(tmp_path / "stopped"):

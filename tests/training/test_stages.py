@@ -47,9 +47,10 @@ TRAIN_KEYS = {
     "tokens_per_second",
     "data_share",
 }
-VALID_KEYS = (
-    TRAIN_KEYS - {"lr", "grad_norm", "tokens_per_second", "data_share"} | {"stderr", "text"}
-)
+VALID_KEYS = TRAIN_KEYS - {"lr", "grad_norm", "tokens_per_second", "data_share"} | {
+    "stderr",
+    "text",
+}
 
 
 class Watcher(Progress):

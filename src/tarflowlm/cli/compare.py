@@ -1,5 +1,6 @@
 """Training runs side by side, for `tarflowlm info` and its short form `tarflowlm runs`."""
 
+import statistics
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tarflowlm.errors import UserError, first_line
+from tarflowlm.schema import flatten, to_dict
 from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def compare(directories: Sequence[Path], *, as_json: bool) -> None:
     rows.sort(key=lambda row: (*text(row), row["bpc"] is None, row["bpc"] or 0.0, row["name"]))
     groups = [list(group) for _, group in groupby(rows, text)]
     for group in groups:
+        _keep_differing(group)
         known = [row for row in group if row["bpc"] is not None]
         if len(known) > 1:
             # a test, if there is one, says more than a validation
@@ -45,21 +48,71 @@ def compare(directories: Sequence[Path], *, as_json: bool) -> None:
         how = " in text8" if normalize == "text8" else ""
         how += ", unwrapped" if unwrap else ""
         title = f"runs on {Path(source).name}{how}: bits per character (bpc) and more"
-        columns = ["", "bpc", "tokens", "time", "state"]
+        shown = list(group[0]["settings"])
+        hidden, shown = (shown, []) if len(shown) > MOST_SETTINGS else ([], shown)
+        columns = ["", *map(_short, shown), "bpc", "tokens", "time", "state"]
         table = []
         for row in group:
             bits = "" if row["bpc"] is None else f"{sign_of(row['bound'])} {row['bpc']:.4f}"
             bits += " v" if row["split"] == "valid" else ""
             bits += " *" if row["best"] else ""
             spent = str(timedelta(seconds=round(row["seconds"])))
-            table.append([row["name"], bits, f"{row['tokens'] / 1e6:.2f}M", spent, row["state"]])
+            settings = [
+                "" if (value := row["settings"][name]) is None else f"{value}" for name in shown
+            ]
+            tokens = f"{row['tokens'] / 1e6:.2f}M"
+            table.append([row["name"], *settings, bits, tokens, spent, row["state"]])
         print_table(title, table, columns)
+        if hidden:
+            print_notice(f"{len(hidden)} settings differ: --json lists them")
+        _print_seeds(group)
     for row in broken:
         sys.stdout.write(f"{row['name']}: {row['state']}\n")
     if any(row["best"] for row in rows):
         print_notice("* the fewest bits per character on its text, by the test if there is one")
     if any(row["split"] == "valid" for row in rows):
         print_notice("v: the best validation so far, over fewer windows than a test")
+
+
+SEED = "seed"
+MOST_SETTINGS = 6
+"""More settings that differ are too many columns."""
+
+
+def _keep_differing(group: Sequence[dict[str, Any]]) -> None:
+    """Leave those settings of the runs on a text in which runs of one preset differ."""
+    presets = {row["preset"] for row in group}
+    differing = {"preset"} if len(presets) > 1 else set()
+    for preset in presets:
+        alike = [row["settings"] for row in group if row["preset"] == preset]
+        names = set().union(*alike)
+        differing |= {name for name in names if len({str(one.get(name)) for one in alike}) > 1}
+    for row in group:
+        known = row["settings"] | {"preset": row["preset"]}
+        row["settings"] = {name: known.get(name) for name in sorted(differing)}
+
+
+def _short(name: str) -> str:
+    """The last part of a dotted name."""
+    return name.rpartition(".")[2].replace("_", "-")
+
+
+def _print_seeds(group: Sequence[dict[str, Any]]) -> None:
+    """The mean and standard deviation of runs that differ in nothing but their seed."""
+
+    def but_seed(row: dict[str, Any]) -> str:
+        others = {name: value for name, value in row["settings"].items() if name != SEED}
+        return f"{row['preset']} {row['split']} {others}"
+
+    measured = sorted((row for row in group if row["bpc"] is not None), key=but_seed)
+    for _, alike in groupby(measured, but_seed):
+        rows = list(alike)
+        seeds = sorted({row["settings"].get(SEED) for row in rows}, key=str)
+        if len(seeds) == len(rows) > 1:
+            bits = [row["bpc"] for row in rows]
+            spread = f"{statistics.fmean(bits):.4f} ± {statistics.stdev(bits):.4f}"
+            names = ", ".join(row["name"] for row in rows)
+            print_notice(f"{spread} ({rows[0]['split']}) over {len(seeds)} seeds: {names}")
 
 
 def _find(directories: Sequence[Path]) -> dict[str, Path]:
@@ -91,6 +144,7 @@ def _row(record: "RunRecord") -> dict[str, Any]:
         "directory": str(record.directory),
         "state": record.status,
         "preset": record.run.name,
+        "settings": flatten(to_dict(record.run)),
         "source": data.source,
         "normalize": data.tokenizer.normalization,
         "unwrap": data.unwrap,
