@@ -1,4 +1,4 @@
-"""The first hour on a GPU: what docs/gpu.md expects and what this machine does, side by side.
+"""The first hour on a GPU: what docs/scaling.md expects and what this machine does, side by side.
 
     python benchmarks/first_hour.py > first_hour.json      # on one GPU; please report the file
     python benchmarks/first_hour.py --tiny                 # in a minute, on a CPU
