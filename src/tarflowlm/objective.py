@@ -52,7 +52,7 @@ def conditional_bound(
 
     x_<= are the first `given` tokens, x_> the others, z_<= and z_> their latents. A flow of one
     left-to-right block has a known p(z_> | z_<=) = p(z_<=, z_>) / p(z_<=), and by Jensen's
-    inequality (docs/evaluation.md, Windows)
+    inequality (docs/math.md, section 6)
 
         p~(x_> | x_<=) = E_{q(z_<= | x_<=)} int p(z_> | z_<=) p(x_> | z_>) dz_>
         -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
