@@ -85,7 +85,7 @@ def check(lm: Pretrained, name: str) -> None:
     runs = (
         isinstance(config, FlowConfig)
         and config.patch == 1
-        and all(block.is_tied for block in config.blocks)
+        and all(block.components_are_tokens for block in config.blocks)
         and config.fills_in
         and config.continues_exactly
         and not config.mixes_channels
