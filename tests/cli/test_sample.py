@@ -186,15 +186,15 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
     calls: list[int] = []
-    write = samples.write
+    writer = samples.Writer
 
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 3:
             signal.raise_signal(number)
-        return write(*args, **options)
+        return writer(*args, **options)
 
-    monkeypatch.setattr(samples, "write", interrupted)
+    monkeypatch.setattr(samples, "Writer", interrupted)
     argv, out = ["sample", model, "--num", 9, *STEPS], tmp_path / "out.jsonl"
     done = run(*argv, "--out", out)
     assert done.status == 130
