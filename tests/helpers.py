@@ -28,7 +28,8 @@ from tarflowlm.data import (
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
 from tarflowlm.runs import WEIGHTS
-from tarflowlm.runs.checkpoint import write_run, write_weights
+from tarflowlm.runs.checkpoint import write_run
+from tarflowlm.runs.weights import write_weights
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 

@@ -16,17 +16,16 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError, command
 from tarflowlm.model_config import BaselineConfig, FlowConfig, Mix1, MixD
+from tarflowlm.presets import PRESETS
 from tarflowlm.runs import WEIGHTS
 from tarflowlm.runs.checkpoint import (
-    is_whole,
     load_checkpoint,
     read_run,
     read_summary,
     resume_command,
-    write_manifest,
     write_run,
-    write_weights,
 )
+from tarflowlm.runs.weights import is_whole, write_manifest, write_weights
 
 CONFIGS = {
     "flow": FLOW,
@@ -287,3 +286,74 @@ def test_a_loaded_model_and_its_texts_do_not_depend_on_the_default_type():
         assert tarflowlm.load("english-mini").write("the", num_tokens=12, seed=5) == text
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("layer", ["gpt", "qwen3"])
+def test_a_model_has_at_least_the_weights_that_its_sizes_ask_for(layer):
+    names = ("token-affine", "mix1", "mixd")
+    flows = [replace(FLOW, blocks=stack(names, (1, 2, 1), (0, 3, 4)))]
+    presets = [tarflowlm.preset(name).model for name in PRESETS]
+    for config in (*CONFIGS.values(), *flows, *presets):
+        full = replace(config, vocab_size=27, trunk=replace(config.trunk, layer=layer))
+        with torch.device("meta"):
+            tensors = full.build().state_dict()
+        assert full.num_layers <= len(tensors)
+        assert 0 < full.least_size <= sum(tensor.numel() for tensor in tensors.values())
+
+
+IMPOSSIBLE = {
+    "layers": lambda m: m["blocks"][0].update(layers=10**9),
+    "some-layers": lambda m: m["blocks"][0].update(layers=4000),
+    "width": lambda m: m["trunk"].update(width=2**30),
+    "mlp": lambda m: m["trunk"].update(mlp_ratio=2**30),
+    "taps": lambda m: m["trunk"].update(input_taps=2**40),
+    "latents": lambda m: m.update(latent_dim=2**40),
+    "hidden": lambda m: m.update(head_hidden=2**40),
+    "components": lambda m: m["blocks"][1].update(components=2**40),
+    "patch": lambda m: m.update(patch=2**40, context=2**41),
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_built(
+    directory, change, monkeypatch
+):
+    edit_config(directory, lambda c: change(c["model"]))
+    monkeypatch.setattr(tarflowlm.runs.checkpoint, "TarFlowLM", None)
+    with pytest.raises(UserError, match=r"does not fit config|at most 4,096"):
+        load_checkpoint(directory)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(directory, kind):
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.to(kind) for name, tensor in load_file(path).items()}
+    write_weights(path, tensors, INFO | {"blocks": "3"})
+    with pytest.raises(UserError, match=r"in \w+: give weights in one of F64, F32"):
+        load_checkpoint(directory)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_other_floats_are_converted(directory, kind):
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.to(kind) for name, tensor in load_file(path).items()}
+    write_weights(path, tensors, INFO | {"blocks": "3"})
+    assert next(load_checkpoint(directory).model.parameters()).dtype == torch.float32
+
+
+def test_a_changed_configuration_is_said(trained, tmp_path, caplog):
+    folder = tarflowlm.load(trained).save_pretrained(tmp_path / "own")
+    load_checkpoint(folder)
+    edit_config(folder, lambda c: c["data"].update(source="elsewhere.txt"))
+    load_checkpoint(folder)
+    assert not caplog.records
+    for change in (lambda c: c.update(temperature=0.2), lambda c: c["model"].update(context=8)):
+        edit_config(folder, change)
+        load_checkpoint(folder)
+        assert "was changed after the weights were saved" in caplog.records[-1].message
+        caplog.clear()
+    # what is written again fits again
+    again = tarflowlm.load(folder).save_pretrained(tmp_path / "again")
+    caplog.clear()
+    load_checkpoint(again)
+    assert not caplog.records

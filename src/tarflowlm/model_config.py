@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from tarflowlm.errors import UserError
 from tarflowlm.schema import Below1, Checked, Count, Positive, Whole
@@ -19,8 +19,17 @@ Plugged = TypeVar("Plugged")
 InPatch = Literal["autoregressive", "independent"]
 
 
+Depth = Annotated[int, Interval(ge=1, le=4096)]
+"""A number of layers, of which an impossible one would never be built."""
+
 LAYERS: dict[str, Any] = {"gpt": None, "qwen3": None}
 """The layers of Transformers by their names; those of users have a class (`layer`)."""
+
+
+def own_module(kind: object) -> str | None:
+    """The module of a class of a user's own; None for a class of ours, and for None."""
+    module: str = getattr(kind, "__module__", __name__)
+    return None if module.partition(".")[0] == __name__.partition(".")[0] else module
 
 
 def layer(name: str) -> Callable[[type[Plugged]], type[Plugged]]:
@@ -90,6 +99,13 @@ class TransformerConfig(Checked):
         hidden = self.mlp_ratio * self.width
         return 32 * max(1, round(hidden / 48)) if self.is_gated else hidden
 
+    @property
+    def layer_size(self) -> int:
+        """Numbers in the matrices of a layer; 0 for a user's own."""
+        if self.layer_class is not None:
+            return 0
+        return (4 * self.width + (2 + self.is_gated) * self.hidden) * self.width
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(Checked):
@@ -120,6 +136,16 @@ class LanguageModelConfig(Checked):
     def num_blocks(self) -> int:
         """Flow blocks L; 1 for the baseline."""
         return 1
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers of all blocks."""
+        return 0
+
+    @property
+    def least_size(self) -> int:
+        """A number of weights that the model has at least, in time that no size changes."""
+        return self.num_layers * self.trunk.layer_size
 
     @property
     def has_token_weights(self) -> bool:
@@ -163,8 +189,18 @@ class BaselineConfig(LanguageModelConfig):
     bound: ClassVar[str] = "exact"
     in_patch: InPatch = "independent"
     """Tokens of a patch: independent (as in the paper), or each given the tokens before it."""
-    layers: Count = 6
+    layers: Depth = 6
     """Transformer layers."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.layers
+
+    @property
+    def least_size(self) -> int:
+        joined = self.patch * self.trunk.width if self.patch > 1 else 0
+        rows = self.vocab_size + self.trunk.input_taps + joined
+        return super().least_size + rows * self.trunk.width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +213,7 @@ class BlockConfig(Checked):
     """The name of the coupling."""
     implementation: ClassVar[Any] = None
     """The class of a coupling of your own."""
-    layers: Count = 1
+    layers: Depth = 1
     """Transformer layers."""
 
     def __post_init__(self) -> None:
@@ -339,6 +375,25 @@ class FlowConfig(LanguageModelConfig):
     @property
     def num_blocks(self) -> int:
         return len(self.blocks)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(block.layers for block in self.blocks)
+
+    @property
+    def least_size(self) -> int:
+        width, channels = self.trunk.width, self.patch * self.latent_dim
+        size = super().least_size + self.vocab_size * self.latent_dim
+        for block in self.blocks:
+            rows = channels + self.trunk.input_taps
+            if isinstance(block, MixD):
+                rows += block.components
+            elif block.implementation is None:
+                rows += channels * self.head_hidden
+            size += rows * width
+            if isinstance(block, Mix1) and block.implementation is None:
+                size += channels * self.head_hidden * block.components
+        return size
 
     @property
     def has_token_weights(self) -> bool:

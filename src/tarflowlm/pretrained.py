@@ -32,8 +32,9 @@ from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConf
 from tarflowlm.options import takes
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
+from tarflowlm.runs.weights import check_finite
 from tarflowlm.schema import check_type
 
 Model = TypeVar("Model", bound=LanguageModel, covariant=True)

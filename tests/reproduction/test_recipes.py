@@ -32,8 +32,9 @@ from tarflowlm.files import write_json
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
 from tarflowlm.presets import preset
 from tarflowlm.runs import WEIGHTS
-from tarflowlm.runs.checkpoint import write_run, write_weights
+from tarflowlm.runs.checkpoint import write_run
 from tarflowlm.runs.records import read_record
+from tarflowlm.runs.weights import write_weights
 
 CONTEXT = 16
 

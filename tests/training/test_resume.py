@@ -38,7 +38,8 @@ from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.errors import Stopped, UserError
-from tarflowlm.runs.checkpoint import load_checkpoint, read_run, write_manifest
+from tarflowlm.runs.checkpoint import load_checkpoint, read_run
+from tarflowlm.runs.weights import write_manifest
 from tarflowlm.training import checkpoint, parallel, writer
 from tarflowlm.training import train as training
 from tarflowlm.training.checkpoint import newest_state

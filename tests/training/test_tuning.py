@@ -10,7 +10,8 @@ from training_cases import CPU, Killer, assert_same_run, cut, resume
 from helpers import metrics_of
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import checksum, load_checkpoint, locate, read_run
+from tarflowlm.runs.checkpoint import load_checkpoint, locate, read_run
+from tarflowlm.runs.weights import checksum
 from tarflowlm.training.configure import tuning
 from tarflowlm.training.train import train
 from tarflowlm_apps.hub.card import model_card

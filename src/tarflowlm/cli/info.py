@@ -76,7 +76,8 @@ def describe(given: Path) -> Model:
     """Describe the model of a path or a name."""
     from tarflowlm.data import load_tokenizer
     from tarflowlm.model_config import BaselineConfig
-    from tarflowlm.runs.checkpoint import locate, read_run, read_summary, read_weights
+    from tarflowlm.runs.checkpoint import locate, read_run, read_summary
+    from tarflowlm.runs.weights import read_weights
 
     # not loaded, so that couplings of modules that are not imported can be shown
     folder = locate(given)

@@ -32,7 +32,8 @@ from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Edit, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint, check_finite
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.weights import check_finite
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens, else 1."""

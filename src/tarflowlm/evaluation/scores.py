@@ -29,7 +29,8 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Evaluation, Score, Split, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint, check_finite, corpus_digest
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest
+from tarflowlm.runs.weights import check_finite
 from tarflowlm.schema import Count, Seed, checked
 
 log = logging.getLogger("tarflowlm")

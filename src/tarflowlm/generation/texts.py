@@ -28,7 +28,8 @@ from tarflowlm.generation.write import Writer
 from tarflowlm.model import as_flow
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Writing, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint, check_finite
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.weights import check_finite
 
 EVERY = 8
 """Check every 8 tokens whether all samples have ended."""

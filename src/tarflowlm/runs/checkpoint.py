@@ -1,42 +1,47 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.device import compilation_problem, pick_device
 from tarflowlm.errors import UserError, command
-from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
+from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
-from tarflowlm.model_config import LAYERS, Affine, BlockConfig, FlowConfig, TransformerConfig
-from tarflowlm.runs import (
-    BEST,
-    CONFIG,
-    COUNTERS,
-    MANIFEST,
-    STATE,
-    SUMMARY,
-    TOKENIZER,
-    WEIGHTS,
+from tarflowlm.model_config import (
+    LAYERS,
+    Affine,
+    BlockConfig,
+    FlowConfig,
+    TransformerConfig,
 )
+from tarflowlm.runs import BEST, CONFIG, COUNTERS, STATE, SUMMARY, TOKENIZER, WEIGHTS
 from tarflowlm.runs.hub import check_model, fetch, folder_of, is_reference, released
+from tarflowlm.runs.weights import (
+    SETTINGS,
+    check_finite,
+    check_size,
+    is_whole,
+    misfit,
+    read_header,
+    read_weights,
+    settings_sha256,
+    write_weights,
+)
 from tarflowlm.schema import from_dict, to_dict
 
 Summary = dict[str, Any]
 """The content of summary.json."""
-CHECKSUM = "sha256"
-"""Entry of the header of weights: the checksum of all tensors and their names."""
+
+logger = logging.getLogger("tarflowlm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,21 +187,21 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     check_model(directory)
     directory = locate(directory)
     run = read_run(directory)
+    path = directory / WEIGHTS
     # first, since weights are written last: without weights the other files may be incomplete
-    try:
-        tensors, info = read_weights(directory / WEIGHTS)
-    except UserError as error:
-        state = undamaged_state(directory)
-        restores = f"`{resume_command(directory)}` restores it"
-        raise UserError(f"{error}: {'train again' if state is None else restores}") from None
+    with _restorable(directory):
+        shapes, info = read_header(path)
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     blocks = info.get("blocks", "")
     if blocks.isdigit() and int(blocks) > 0:
         config = config.first_blocks(int(blocks))
+    check_size(shapes, config, path)
+    with _restorable(directory):
+        tensors, _ = read_weights(path)
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
-        if isinstance(config, FlowConfig):
+        if isinstance(config, FlowConfig) and config.model == FlowConfig.model:
             means = tensors.get("codebook.mean", torch.empty(0))
             fits = means.shape == (config.vocab_size, config.latent_dim)
             given = means.to(torch.get_default_dtype()).clone() if fits else None
@@ -206,19 +211,23 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        problem = str(error).splitlines()[1].strip()
-        what = f"{directory / WEIGHTS} does not fit {CONFIG}: {problem:.200}"
-        raise UserError(f"{what}: restore both files from one run") from None
-    check_finite(tensors, str(directory / WEIGHTS))
+        raise misfit(path, str(error).splitlines()[1].strip()) from None
+    check_finite(tensors, str(path))
+    if info.get(SETTINGS, settings := settings_sha256(read_json(directory / CONFIG))) != settings:
+        what = "its model or its temperature was changed after the weights were saved"
+        logger.warning("%s: %s, so results may differ", directory / CONFIG, what)
     return Checkpoint(model.eval(), tokenizer, run, info, directory).to(device)
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """UserError unless all weights of a model are finite."""
-    for name, tensor in tensors.items():
-        # the sum takes a tenth of the time
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise UserError(f"{where}: {name} is not finite; the run diverged")
+@contextmanager
+def _restorable(directory: Path) -> Iterator[None]:
+    """Let an error of the weights of a run say how to get them back."""
+    try:
+        yield
+    except UserError as error:
+        state = undamaged_state(directory)
+        restores = f"`{resume_command(directory)}` restores it"
+        raise UserError(f"{error}: {'train again' if state is None else restores}") from None
 
 
 def undamaged_state(directory: Path) -> Path | None:
@@ -269,7 +278,8 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
             weights[name] = weight.bfloat16()
     with new_folder(Path(out)) as folder:
         write_run(folder, replace(checkpoint.run, data=data), checkpoint.tokenizer)
-        write_weights(folder / WEIGHTS, weights, checkpoint.info)
+        info = checkpoint.info | {SETTINGS: settings_sha256(to_dict(checkpoint.run))}
+        write_weights(folder / WEIGHTS, weights, info)
         summary = read_summary(checkpoint.directory)
         if summary is not None:
             write_json(folder / SUMMARY, summary | {"source": data.source})
@@ -280,53 +290,3 @@ def _without_folders(source: str) -> str:
     """./NAME for an absolute path; other names, such as the name of a corpus, are kept."""
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source
-
-
-# weights in safetensors files, and checksums
-
-
-def write_weights(path: Path, weights: dict[str, Tensor], info: dict[str, str]) -> None:
-    """Write a state dict with `info` and its checksum in the header, atomically."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=info | {CHECKSUM: checksum(tensors)})
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and its header. UserError if its checksum, if any, does not fit."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {path.parent} holds no trained weights")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            info = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    for name in ("blocks", "step", "tokens"):
-        if not info.get(name, "0").isdigit():
-            raise UserError(f"{path} is damaged ({name} {info[name]!r} in its header)")
-    if CHECKSUM in info and info[CHECKSUM] != checksum(tensors):
-        raise UserError(f"{path} is damaged (altered: its header has another sha256)")
-    return tensors, info
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """The sha256 of all tensors on the CPU with their names, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode("utf-8"))
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path, names: Iterable[str]) -> None:
-    write_json(folder / MANIFEST, {name: sha256_of(folder / name) for name in sorted(names)})
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether `folder` has a manifest, and all files that it lists are undamaged."""
-    try:
-        listed = read_json(folder / MANIFEST)
-        return bool(listed) and all(sha256_of(folder / x) == sha for x, sha in listed.items())
-    except (UserError, OSError, AttributeError):
-        return False

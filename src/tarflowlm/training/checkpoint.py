@@ -23,13 +23,8 @@ from torch.utils._pytree import tree_map_only
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs import BEST, COUNTERS, STATE, TOKENIZER, WEIGHTS
-from tarflowlm.runs.checkpoint import (
-    resume_command,
-    undamaged_state,
-    write_manifest,
-    write_run,
-    write_weights,
-)
+from tarflowlm.runs.checkpoint import resume_command, undamaged_state, write_run
+from tarflowlm.runs.weights import SETTINGS, settings_sha256, write_manifest, write_weights
 from tarflowlm.schema import to_dict
 from tarflowlm.training.losses import NAMED
 from tarflowlm.training.optim import assign, averaged, trained_parameters
@@ -105,7 +100,8 @@ def finite_weights(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
         "tokens": run.counters.tokens,
         "blocks": run.model.num_blocks,
     }
-    return weights, {name: str(count) for name, count in counts.items()}
+    info = {name: str(count) for name, count in counts.items()}
+    return weights, info | {SETTINGS: settings_sha256(to_dict(run.config))}
 
 
 def submit_weights(run: Run, *folders: Path) -> None:

@@ -24,7 +24,8 @@ from tarflowlm.errors import Progress, UserError, check_package
 from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.processes import Processes
 from tarflowlm.runs import TOKENIZER
-from tarflowlm.runs.checkpoint import Checkpoint, checksum, read_run
+from tarflowlm.runs.checkpoint import Checkpoint, read_run
+from tarflowlm.runs.weights import checksum
 from tarflowlm.schema import checked
 
 

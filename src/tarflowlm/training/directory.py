@@ -11,7 +11,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import TEMPORARY, full_disk_as_user_error, read_json, write_json, writer_lock
 from tarflowlm.processes import Processes
 from tarflowlm.runs import ASKED, BEST, CONFIG, PARENT, STATE, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint, resume_command, write_run, write_weights
+from tarflowlm.runs.checkpoint import Checkpoint, resume_command, write_run
+from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, from_dict, to_dict
 from tarflowlm.training.configure import settled
 

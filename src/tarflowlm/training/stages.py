@@ -7,7 +7,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.model import as_flow, seeded
 from tarflowlm.presets import with_blocks
 from tarflowlm.runs import BEST, PARENT
-from tarflowlm.runs.checkpoint import read_weights
+from tarflowlm.runs.weights import read_weights
 from tarflowlm.training.checkpoint import submit_run, submit_weights
 from tarflowlm.training.configure import native_precision
 from tarflowlm.training.optim import assign, build_optimizers, copy_of

@@ -11,9 +11,10 @@ import huggingface_hub
 
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.runs import CARD, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint, read_weights
+from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, hub_errors
 from tarflowlm.runs.records import is_export
+from tarflowlm.runs.weights import read_weights
 from tarflowlm.schema import check_type
 from tarflowlm_apps.hub.card import model_card
 

@@ -23,7 +23,8 @@ from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.model import as_flow
 from tarflowlm.runs import TOKENIZER, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint, write_weights
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.weights import write_weights
 from tarflowlm_apps.transformers_export.qwen3 import save_qwen3
 
 START, PAD = "<|start|>", "<|pad|>"

@@ -28,7 +28,8 @@ from tarflowlm.files import new_folder, write_json
 from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.transformer import PreNormLayer
 from tarflowlm.runs import TOKENIZER, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint, write_weights
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.weights import write_weights
 
 START = "<|start|>"
 NEVER = BYTE_SYMBOLS[255]
