@@ -32,6 +32,18 @@ def own_module(kind: object) -> str | None:
     return None if module.partition(".")[0] == __name__.partition(".")[0] else module
 
 
+def check_name(what: str, name: str, kind: type, known: object) -> None:
+    """UserError unless the class `kind` may take a name, which the class `known` has.
+
+    A notebook may run the cell that defines a class more than once. A module of a user's own, which
+    the configurations of its runs name, may have used the name before one of ours did.
+    """
+    is_same = getattr(known, "__qualname__", "") == kind.__qualname__
+    is_replaced = own_module(known) is None and own_module(kind) not in (None, "__main__")
+    if not is_same and not is_replaced:
+        raise UserError(f"{what} {name!r} exists already: choose another name")
+
+
 def layer(name: str) -> Callable[[type[Plugged]], type[Plugged]]:
     """Register a `flow.transformer.Layer` under a name, for `TransformerConfig.layer`.
 
@@ -43,9 +55,8 @@ def layer(name: str) -> Callable[[type[Plugged]], type[Plugged]]:
     def register(kind: type[Plugged]) -> type[Plugged]:
         if not hasattr(kind, "compute"):
             raise UserError(f"layer {name!r}: {kind!r:.40} has no `compute` (docs/flow.md)")
-        # a notebook may run the cell that defines a class more than once
-        if name in LAYERS and getattr(LAYERS[name], "__qualname__", "") != kind.__qualname__:
-            raise UserError(f"layer {name!r} exists already: choose another name")
+        if name in LAYERS:
+            check_name("layer", name, kind, LAYERS[name])
         LAYERS[name] = kind
         return kind
 
@@ -91,7 +102,7 @@ class TransformerConfig(Checked):
     @property
     def is_gated(self) -> bool:
         """Whether the MLP has a gate, and the head no bias."""
-        return self.layer == "qwen3"
+        return self.layer == "qwen3" and self.layer_class is None
 
     @property
     def hidden(self) -> int:
@@ -127,6 +138,11 @@ class LanguageModelConfig(Checked):
     """Tokens P per position; P divides the context."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)
     """Shape of the Transformer; every block of a flow has its own weights."""
+
+    def __init_subclass__(cls) -> None:
+        if "family" in vars(cls) and cls.family in cls.KINDS:
+            check_name("family", cls.family, cls, cls.KINDS[cls.family])
+        super().__init_subclass__()
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.context % self.patch:
@@ -300,10 +316,8 @@ def coupling(
     def register(kind: type[Plugged]) -> type[Plugged]:
         if not hasattr(kind, "conditionals"):
             raise UserError(f"coupling {name!r}: {kind!r:.40} has no `conditionals` (docs/flow.md)")
-        known = BlockConfig.KINDS.get(name)
-        # a notebook may run the cell that defines a class more than once
-        if known and getattr(known.implementation, "__qualname__", "") != kind.__qualname__:
-            raise UserError(f"coupling {name!r} exists already: choose another name")
+        if name in BlockConfig.KINDS:
+            check_name("coupling", name, kind, BlockConfig.KINDS[name].implementation)
         own = {"coupling": name, "implementation": kind}
         # where pickle finds it
         own |= {"__module__": kind.__module__, "__qualname__": f"{kind.__qualname__}.options"}

@@ -175,8 +175,12 @@ def _import_named(argv: list[str]) -> list[str]:
         sys.path.insert(0, str(Path()))
         try:
             import_module(module)
+        except UserError:
+            raise
         except (ImportError, ValueError) as error:
             remedy = "name a Python module, say my_module"
+            if module.endswith(".py"):
+                remedy = f"leave out .py: --import {module.removesuffix('.py')}"
             raise UserError(f"--import {module}: {error}; {remedy}") from None
     return argv
 
