@@ -13,6 +13,7 @@ from tarflowlm.schema import (
     Below1,
     Checked,
     Count,
+    Million,
     NotNegative,
     Positive,
     Seed,
@@ -169,7 +170,7 @@ class TrainConfig(Checked):
     """Wall-clock time of the run, without compilation; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
     """Train one block after another on the frozen blocks below, or all blocks at once."""
-    batch_size: Count = 8
+    batch_size: Million = 8
     """Sequences per optimiser step, over all processes."""
     tokens_at_once: Whole = 0
     """The most tokens that a process works on at once, in whole sequences: fewer need less memory

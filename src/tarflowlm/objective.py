@@ -9,7 +9,7 @@ from torch import Tensor
 from tarflowlm import chunks
 from tarflowlm.errors import UserError
 from tarflowlm.model import ElboTerms, LanguageModel, as_flow, check_tokens
-from tarflowlm.schema import Count, check_generator, check_type, checked
+from tarflowlm.schema import Million, check_generator, check_type, checked
 
 
 def elbo(
@@ -84,7 +84,7 @@ def log_importance_weights(
     With `given` > 0 they are weights of the tokens after the first `given`, conditional on these
     (`conditional_bound`). The baseline gives one row, its exact log p(x).
     """
-    samples = checked(samples, Count, "samples")
+    samples = checked(samples, Million, "samples")
     rows = chunks.bound_rows(tokens.shape[1], tokens.device)
     bounds = []
     for _ in range(1 if model.is_exact else samples):

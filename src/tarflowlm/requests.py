@@ -16,7 +16,17 @@ from tarflowlm import options
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.errors import UserError
 from tarflowlm.options import Normalized, Seeded, arg
-from tarflowlm.schema import Checked, Count, Length, Share, Temperature, TopP, Whole, checked
+from tarflowlm.schema import (
+    Checked,
+    Count,
+    Length,
+    Million,
+    Share,
+    Temperature,
+    TopP,
+    Whole,
+    checked,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -335,7 +345,7 @@ class Score(Request):
         default=None, kw_only=False
     )
     """The text to score."""
-    samples: Count = 8
+    samples: Million = 8
     """Posterior samples averaged in the bound of a flow; the baseline is exact."""
 
 
@@ -352,7 +362,7 @@ class Evaluation(Request):
     """Part of the text: train, valid or test, 90/5/5, or all of it. The default is test, or all of
     a --data file that the model was not trained on.
     """
-    samples: Count = 1
+    samples: Million = 1
     """Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO."""
     windows: options.Integer = None
     """At most this many windows, evenly spaced; the default is all of them."""

@@ -1,13 +1,15 @@
 """Bits of every token: exact, or shares of a bound; of one text or of many."""
 
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
 
+import tarflowlm
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.data import sliding_windows
-from tarflowlm.errors import Progress
+from tarflowlm.errors import Progress, UserError
 from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.evaluation.scores import score, scores
 from tarflowlm.objective import elbo
@@ -125,3 +127,20 @@ def test_many_texts_have_the_bits_of_one_after_the_other(name):
     assert sum(seen) == windows
     assert len(seen) < batches
     assert scores(model, []) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_score_that_is_not_finite_is_an_error(name):
+    model = deepcopy(MODELS[name]).float()
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1e30)
+    for call in (score, lambda model, x: evaluate(model, x[None], ONE_EACH)):
+        with pytest.raises(UserError, match="the likelihood is not finite"):
+            call(model, text(8))
+
+
+def test_a_number_of_samples_that_would_never_end_is_refused():
+    model, tokens = MODELS["one block"], text(3)
+    for call in (score, tarflowlm.importance_weighted_bound):
+        with pytest.raises(UserError, match="samples 1000000000000: must be .* at most 1,000,000"):
+            call(model, tokens if call is score else tokens[None], samples=10**12)

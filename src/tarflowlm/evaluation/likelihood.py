@@ -17,7 +17,7 @@ from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.processes import ALONE, Processes
-from tarflowlm.schema import Count, Seed, check_integers, check_type, checked
+from tarflowlm.schema import Million, Seed, check_integers, check_type, checked
 
 Nats = TypeVar("Nats", float, Tensor)
 
@@ -149,12 +149,13 @@ def log_weights(
 ) -> Float[Tensor, "S W"]:
     """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
 
-    The `processes` share the batches, and each gets all log-weights.
+    UserError where one is not finite. The `processes` share the batches, and each gets all
+    log-weights.
     """
     check_tokens(model, windows, name="windows")
     generator = torch.Generator(device=model.device).manual_seed(checked(seed, Seed, "seed"))
     heads = [0] * len(windows) if given is None else given.tolist()
-    draws = 1 if model.is_exact else checked(samples, Count, "samples")
+    draws = 1 if model.is_exact else checked(samples, Million, "samples")
     rows = chunks.rows_at_once(windows.shape[1], chunks.EVALUATED_TOKENS)
 
     def own() -> Iterator[Tensor]:
@@ -175,7 +176,14 @@ def log_weights(
     for log_w in processes.in_turn(own()):
         found.append(log_w)
         progress.advance(log_w.shape[1])
-    return torch.cat(found, dim=1)
+    return finite(torch.cat(found, dim=1))
+
+
+def finite(nats: Tensor) -> Tensor:
+    """The same `nats`. UserError unless all are finite."""
+    if not torch.isfinite(nats).all():
+        raise UserError("the likelihood is not finite: the weights are too large, the run diverged")
+    return nats
 
 
 def summarise(

@@ -25,13 +25,13 @@ from tarflowlm.data.prompts import check_text, read
 from tarflowlm.data.sources import HUB, split_field
 from tarflowlm.data.windows import Array, sliding_windows, spans
 from tarflowlm.errors import SILENT, Progress, UserError, counted
-from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate, finite
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Evaluation, Score, Split, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest
 from tarflowlm.runs.weights import check_finite
-from tarflowlm.schema import Count, Seed, checked
+from tarflowlm.schema import Million, Seed, checked
 
 log = logging.getLogger("tarflowlm")
 
@@ -156,7 +156,7 @@ def scores(
 
     The results are the same as one text after the other, since each draws the noise of `seed`.
     """
-    samples = checked(samples, Count, "samples")
+    samples = checked(samples, Million, "samples")
     seed = checked(seed, Seed, "seed")
     for tokens in texts:
         check_tokens(model, tokens, shape="[T]")
@@ -195,7 +195,7 @@ def _mean_nats(
 ) -> Float[Tensor, "B rows T_filled"]:
     """Nats of every token, and for a flow every block's log-determinant at it.
 
-    In windows, and in the mean over `draws` posterior samples.
+    In windows, and in the mean over `draws` posterior samples. UserError where one is not finite.
     """
     patch = model.config.patch
     filler = tokens.repeat(1, patch)[:, : -tokens.shape[1] % patch]
@@ -221,7 +221,7 @@ def _mean_nats(
             progress.advance(rows.shape[0] * rows.shape[1])
         scored = nats.unflatten(1, rows.shape[:2])[..., givens[some.start] :]
         found.append(scored.flatten(2))
-    return torch.cat(found, dim=2).transpose(0, 1)
+    return finite(torch.cat(found, dim=2)).transpose(0, 1)
 
 
 # the likelihood of a text in windows

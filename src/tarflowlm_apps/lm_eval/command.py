@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tarflowlm.cli.options import OfNamedModel, parse
 from tarflowlm.errors import UserError
 from tarflowlm.options import Normalized
-from tarflowlm.schema import Count, Seed
+from tarflowlm.schema import Million, Seed
 from tarflowlm.terminal.bars import print_json
 
 OURS = ("--model", "-M", "--model_args", "-a")
@@ -22,7 +22,7 @@ PRINTED = ("results", "groups", "n-samples", "versions", "config")
 class Args(OfNamedModel, Normalized):
     """Evaluate a model with lm-evaluation-harness: MODEL --tasks NAMES, and its other options."""
 
-    posterior_samples: Count = 1
+    posterior_samples: Million = 1
     """Posterior samples of a flow: 1 gives the ELBO, more the importance-weighted bound."""
     noise_seed: Seed = 0
     """Seed of these samples, and of continuations."""

@@ -27,7 +27,7 @@ from tarflowlm.generation.texts import Samples
 from tarflowlm.objective import conditional_bound, importance_weighted
 from tarflowlm.requests import Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.schema import Count, checked
+from tarflowlm.schema import Million, checked
 
 
 class Piece(NamedTuple):
@@ -47,7 +47,7 @@ class TextScorer:
         self.lm = lm
         self.model = lm.model
         self.tokenizer = lm.tokenizer
-        samples = checked(samples, Count, "posterior samples")
+        samples = checked(samples, Million, "posterior samples")
         self.samples = 1 if self.model.is_exact else samples
         self.seed = seed
         device = self.model.device
