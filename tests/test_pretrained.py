@@ -152,7 +152,7 @@ def test_scores_show_themselves_in_a_notebook(loaded):
 def test_a_model_of_one_s_own_loop_is_used_everywhere(run_json, tmp_path, build, tokenizer):
     model = build(vocab_size=tokenizer.vocab_size, context=16).float().train()
     lm = tarflowlm.Pretrained(model, tokenizer)
-    assert not model.training
+    assert model.training
     assert lm.to("cpu").device == torch.device("cpu")
     text = lm.write("the ", num_tokens=12, seed=1, temperature=1.0)
     folder = lm.save_pretrained(tmp_path / "own")

@@ -16,6 +16,7 @@ from tarflowlm.flow.token_heads import Linear, TokenFeatures, map_linearly, toke
 from tarflowlm.flow.transformer import Embedder, Transformer
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.model_config import BaselineConfig
+from tarflowlm.schema import check_type
 
 IN_PATCH_CHANNELS = 32
 """Embedding width of a token in the in-patch head."""
@@ -34,6 +35,7 @@ class TokenLM(LanguageModel, Conditioner):
     """The maps of the loss where the model is on an accelerator."""
 
     def __init__(self, config: BaselineConfig) -> None:
+        check_type(config, "config", BaselineConfig, "give a BaselineConfig")
         super().__init__(config)
         width = config.trunk.width
         P = config.patch

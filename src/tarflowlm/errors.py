@@ -6,7 +6,8 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -81,6 +82,37 @@ class UnknownCharacters(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+SMALLER = "choose a smaller model, context, batch size, or number of samples or particles"
+"""What needs less memory."""
+
+
+def about_file(error: OSError) -> str:
+    """An error of the system about a file, with what to look at."""
+    place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
+    return f"{place}; check the path, its permissions and the disk"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether Python or PyTorch could not get the memory that they asked for."""
+    # PyTorch's words for it, on an accelerator and on the CPU
+    words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+    is_said = isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+    return is_said or isinstance(error, MemoryError)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Turn errors of the system, about a file or memory, into UserErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(about_file(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise UserError(f"out of memory: {SMALLER}") from error
 
 
 class Stopped(Exception):

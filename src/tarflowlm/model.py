@@ -182,6 +182,7 @@ class TarFlowLM(LanguageModel):
 
     def __init__(self, config: FlowConfig, *, means: Tensor | None = None) -> None:
         """`means` [V, d] spare the search for well separated ones if weights are loaded later."""
+        check_type(config, "config", FlowConfig, "give a FlowConfig")
         super().__init__(config)
         self.codebook = Codebook(
             config.vocab_size, config.latent_dim, separation=config.separation, mean=means

@@ -2,11 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
 from tarflowlm.editing.edits import edit
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, system_errors
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, score_texts
 from tarflowlm.generation.texts import Samples, write_texts
@@ -35,8 +37,11 @@ from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.runs.weights import check_finite
-from tarflowlm.schema import check_type
+from tarflowlm.schema import check_path, check_type
 
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound=Checkpoint)
 Model = TypeVar("Model", bound=LanguageModel, covariant=True)
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
@@ -44,14 +49,39 @@ OWN = Path(os.devnull, "own")
 """The directory of a model that was not loaded. It is below a file, so nothing can be there."""
 
 
+@contextmanager
+def in_use(model: LanguageModel) -> Iterator[None]:
+    """A context with the model in eval mode, in which the system's errors are UserErrors."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with system_errors():
+            yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def using_model(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let a method of `Pretrained` run within `in_use`."""
+
+    @wraps(method)
+    def called(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with in_use(self.model):
+            return method(self, *args, **kwargs)
+
+    return called
+
+
 class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
-    """A model in eval mode with its tokenizer, as `load` returns it: a pair of both.
+    """A model with its tokenizer, as `load` returns it: a pair of both.
 
         model, tokenizer = tarflowlm.load("english-small")
         lm = Pretrained(model, tokenizer)  # also a model from a training loop of your own
 
     Texts are read as the model's training text was (`data.prompts.read`): a model of the 27 letters
-    of TEXT8 gets lower case and spelled digits.
+    of TEXT8 gets lower case and spelled digits. A model of your own keeps its mode, training or
+    not; methods use it in eval mode.
     """
 
     model: Model
@@ -80,7 +110,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
             check_finite(model.state_dict(), "model")
             run, info = _own_run(model, tokenizer), {"blocks": str(model.num_blocks)}
         check_type(run, "run", RunConfig, "leave it out")
-        super().__init__(model.eval(), tokenizer, run, info or {}, directory)
+        super().__init__(model, tokenizer, run, info or {}, directory)
 
     @property
     def config(self) -> LanguageModelConfig:
@@ -93,6 +123,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         return self.model.device
 
     @takes(Writing)
+    @using_model
     def write(self, request: Writing) -> str | Any:
         """A text that begins with `prompt`; with `num`, a list of that many texts.
 
@@ -109,7 +140,8 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         return texts[0] if is_one else texts
 
     @takes(Writing, made=False)
-    def fill(self, template: str | Sequence[str], **options: Any) -> str | Any:
+    @using_model
+    def fill(self, /, template: str | Sequence[str], **options: Any) -> str | Any:
         """`template` with each of its blanks, marked by `blank`, filled with one token.
 
         A list of templates gives a list with the texts of each. [...] stands for 1 to 8 tokens,
@@ -122,6 +154,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         return texts[0] if isinstance(template, str) and options.get("num") is None else texts
 
     @takes(Writing)
+    @using_model
     def stream(self, request: Writing) -> Iterator[str]:
         """The text of `write`, with its options, piece by piece as its tokens become final."""
         for name in ("prompt", "template"):
@@ -129,9 +162,19 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
             check_type(given, name, (str, type(None)), "give one text, a str")
         if request.num is not None:
             raise UserError(f"num {request.num}: a stream is one text, leave it out")
-        return Samples(request, self).pieces()
+        return self._step_by_step(Samples(request, self).pieces())
+
+    def _step_by_step(self, pieces: Iterator[str]) -> Iterator[str]:
+        # the caller has the model between two pieces
+        while True:
+            with in_use(self.model):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     @takes(Edit)
+    @using_model
     def edit(self, request: Edit) -> str | Any:
         """The text with some words resampled given all others; with `num`, a list of edits.
 
@@ -143,6 +186,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         return texts[0] if request.num is None else texts
 
     @takes(Score)
+    @using_model
     def score(self, request: Score) -> Scores | Any:
         """The bits of every token of a text of any length (`tarflowlm.score`); a list for several.
 
@@ -152,6 +196,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         return found[0] if isinstance(request.text, str) else found
 
     @takes(Evaluation)
+    @using_model
     def evaluate(self, request: Evaluation) -> Likelihood:
         """The likelihood of a text in windows, as `tarflowlm eval` measures it.
 
@@ -199,6 +244,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed, unwrap=unwrap)
         return _trained(run, out, device, self)
 
+    @using_model
     def save_pretrained(
         self,
         folder: str | Path,
@@ -263,7 +309,8 @@ def load(
     PyTorch, or auto.
     """
     check_type(directory, "model", (str, os.PathLike), _PLACES)
-    return Pretrained(**vars(load_checkpoint(directory, pick_device(device))))
+    with system_errors():
+        return Pretrained(**vars(load_checkpoint(directory, pick_device(device))))
 
 
 def from_pretrained(
@@ -324,8 +371,8 @@ def _trained(
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.training import train as training
 
-    check_type(out, "out", (str, os.PathLike), "give the directory to write")
-    with Bars(keep=True) as reporter:
+    check_path(out, "out", "give the directory to write")
+    with system_errors(), Bars(keep=True) as reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
 

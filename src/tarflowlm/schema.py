@@ -9,10 +9,11 @@ import copy
 import dataclasses
 import functools
 import operator
+import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -143,10 +144,7 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
         cls = known[name]
     hints = hints_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in value:
-        if name not in fields:
-            remedy = f"{guess(name, fields)}known keys are {', '.join(sorted(fields))}"
-            raise UserError(f"{prefix}{name}: unknown key; {remedy}")
+    check_keys(value, fields, prefix)
     for name, field in fields.items():
         if name not in value and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: missing key")
@@ -157,6 +155,14 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
         # its rules do not know its place
         own = str(error).removeprefix(getattr(cls, "section", ""))
         raise UserError(f"{prefix}{own}") from None
+
+
+def check_keys(given: Iterable[str], known: Collection[str], prefix: str) -> None:
+    """UserError, which calls it by the `prefix`, for a key that is not among the `known`."""
+    for name in given:
+        if name not in known:
+            remedy = f"{guess(name, known)}known keys are {', '.join(sorted(known))}"
+            raise UserError(f"{prefix}{name}: unknown key; {remedy}")
 
 
 def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
@@ -191,6 +197,13 @@ def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted:
     """UserError, which asks for the `wanted` value, unless `value` is of one of the `kinds`."""
     if not isinstance(value, kinds):
         raise WrongType(name, value, wanted)
+
+
+def check_path(path: object, name: str, wanted: str) -> None:
+    """UserError, which asks for the `wanted` one, unless `path` can be one."""
+    check_type(path, name, (str, os.PathLike), wanted)
+    if "\0" in str(path):
+        raise UserError(f"{name} {str(path)!r:.40} has a null character: {wanted}")
 
 
 def check_integers(tokens: object, name: str, *shapes: str) -> None:
@@ -269,6 +282,10 @@ class Checked:
             cls.KINDS = {}
         if cls.KEY in vars(cls):
             cls.KINDS[vars(cls)[cls.KEY]] = cls
+
+    def __new__(cls, *_: object, **values: object) -> Self:
+        check_keys(values, [one.name for one in dataclasses.fields(cls)], cls.section)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.check(self.section)

@@ -142,5 +142,5 @@ def test_a_score_that_is_not_finite_is_an_error(name):
 def test_a_number_of_samples_that_would_never_end_is_refused():
     model, tokens = MODELS["one block"], text(3)
     for call in (score, tarflowlm.importance_weighted_bound):
-        with pytest.raises(UserError, match="samples 1000000000000: must be .* at most 1,000,000"):
+        with pytest.raises(UserError, match=r"samples 1000000000000: must be .* at most 1,000,000"):
             call(model, tokens if call is score else tokens[None], samples=10**12)

@@ -17,7 +17,16 @@ import tarflowlm
 from tarflowlm.cli.environment import keep_freed_memory, settle_threads
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.config import TEXT8_ALPHABET
-from tarflowlm.errors import Stopped, UnknownCharacters, UserError, is_first_process, unknown
+from tarflowlm.errors import (
+    SMALLER,
+    Stopped,
+    UnknownCharacters,
+    UserError,
+    about_file,
+    is_first_process,
+    lacks_memory,
+    unknown,
+)
 
 COMMANDS = {
     "quickstart": "tarflowlm.cli.quickstart",
@@ -92,14 +101,11 @@ def main(
         helps &= "--from" not in argv
         _end(2, f"{error}{', or pass --normalize text8' if helps else ''}")
     except OSError as error:
-        place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
-        _end(2, f"{place}; check the path, its permissions and the disk", everywhere=True)
+        _end(2, about_file(error), everywhere=True)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's words for it, on an accelerator and on the CPU
-        words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in words):
+        if not lacks_memory(error):
             raise
-        remedy = "choose a smaller model, context, batch size, or number of samples or particles"
+        remedy = SMALLER
         # the run of another model or of a directory has its own
         if argv[:1] == ["train"] and not {"--from", "--resume"} & set(argv):
             same = "halve --train.tokens-at-once (at first 16384) or add"

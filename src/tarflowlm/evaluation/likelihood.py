@@ -118,6 +118,8 @@ def evaluate(
     if characters_per_token.shape != (vocab_size,):
         what = f"characters_per_token of shape {list(characters_per_token.shape)}"
         raise UserError(f"{what}: give one number for each of the {vocab_size} tokens")
+    if not (characters_per_token >= 0).all():
+        raise UserError("characters_per_token has a number below 0, or a NaN: give counts")
     if given is not None:
         check_integers(given, "given", "[W]")
         if len(given) != len(windows):

@@ -210,6 +210,8 @@ def checked_mask(mask: object, model: LanguageModel) -> Tensor:
         mask = torch.tensor(mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
         raise UserError(f"allowed {mask!r:.60}: give a boolean mask of shape [{V}]")
+    if not mask.any():
+        raise UserError("allowed is False for every token: allow at least one")
     return mask.cpu()
 
 

@@ -10,7 +10,7 @@ from tarflowlm.data import Corpus
 from tarflowlm.errors import UserError
 from tarflowlm.files import TEMPORARY, full_disk_as_user_error, read_json, write_json, writer_lock
 from tarflowlm.processes import Processes
-from tarflowlm.runs import ASKED, BEST, CONFIG, PARENT, STATE, WEIGHTS
+from tarflowlm.runs import ASKED, BEST, CONFIG, METRICS, PARENT, STATE, TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint, resume_command, write_run
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, from_dict, to_dict
@@ -54,6 +54,8 @@ def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[Non
 
     with full_disk_as_user_error(out, remedy), ExitStack() as stack:
         if processes.first:
+            # after the lock is given back
+            stack.callback(remove_unbuilt, out, is_new=not out.exists())
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(writer_lock(out))
             # remove files that a kill left incomplete
@@ -75,6 +77,17 @@ def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[Non
                 raise
             what = f"{out} was moved or removed while the run was writing to it"
             raise UserError(f"{what}: continue with `tarflowlm train --resume PLACE`") from None
+
+
+def remove_unbuilt(out: Path, *, is_new: bool) -> None:
+    """Remove what `write_start` wrote for a run that could not be built, which has no log."""
+    if is_begun(out) or (out / METRICS).exists():
+        return
+    for name in (ASKED, CONFIG, TOKENIZER, PARENT):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / STATE, ignore_errors=True)
+    if is_new:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def write_start(

@@ -1,6 +1,5 @@
 """Models for others: saved with a card, and pushed to the Hugging Face hub."""
 
-import os
 import re
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, hub_errors
 from tarflowlm.runs.records import is_export
 from tarflowlm.runs.weights import read_weights
-from tarflowlm.schema import check_type
+from tarflowlm.schema import check_path, check_type
 from tarflowlm_apps.hub.card import model_card
 
 
@@ -29,7 +28,7 @@ def save_pretrained(
     overwrite: bool = False,
 ) -> Path:
     """`Pretrained.save_pretrained`, of any checkpoint."""
-    check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
+    check_path(folder, "folder", "give the path of a new folder")
     if licence is not None and not re.fullmatch(r"[a-z0-9.-]+", licence):
         raise UserError(f"licence {licence!r}: give an identifier of the hub, such as apache-2.0")
     target = place = Path(folder)
