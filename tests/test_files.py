@@ -1,6 +1,7 @@
 """Atomic replacement, and full disks reported in one line."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_json_round_trip_and_unreadable_json(tmp_path):
             read_json(path)
     with pytest.raises(UserError, match=r"b\.json is missing"):
         read_json(tmp_path / "b.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_and_a_file_without_end_are_no_json(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(1 << 34)
+    for name in ("pipe", "device", "large"):
+        with pytest.raises(UserError, match=f"{name}.json is no file of at most 16 MB"):
+            read_json(tmp_path / f"{name}.json")
 
 
 @pytest.mark.parametrize(

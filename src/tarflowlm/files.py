@@ -102,8 +102,16 @@ def write_json(path: Path, value: object) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+LARGEST_JSON = 16_000_000
+"""Bytes of the largest JSON file that is read; those of a run have some thousands."""
+
+
 def read_json(path: Path) -> Any:
-    """The JSON value in a file. UserError if it is missing or damaged."""
+    """The JSON value in a file. UserError if it is missing, damaged, or too large to be ours."""
+    # a pipe would be waited for, and a device has no end
+    if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_JSON):
+        what = f"{path} is no file of at most {LARGEST_JSON / 1e6:.0f} MB"
+        raise UserError(f"{what}: restore it")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
