@@ -5,6 +5,7 @@ import torch
 
 from helpers import stack
 from tarflowlm.config import OptimConfig
+from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.training.optim import build_optimizers, schedule, take_step
@@ -106,3 +107,11 @@ def test_codebooks_have_a_learning_rate_of_their_own(model):
     own = "prior.blocks.3.coupling.own"
     assert scaled == {"codebook.mean", "codebook.log_std", f"{own}.mean", f"{own}.log_std"}
     assert {rate[id(p)] for name, p in named.items() if name not in scaled} == {0.002}
+
+
+def test_muon_cuts_no_matrix_that_is_not_three_squares(model):
+    attention = model.prior.block(0).transformer.layers[0].attention
+    attention.qkv = torch.nn.Linear(8, 12, bias=False)  # as of heads that share keys
+    with pytest.raises(UserError, match=r"0.attention.qkv.weight of shape \[12, 8\]: .*adamw"):
+        build_optimizers(OptimConfig(), model)
+    build_optimizers(OptimConfig(optimizer="adamw"), model)

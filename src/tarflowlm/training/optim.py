@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from tarflowlm.config import OptimConfig, Precision
+from tarflowlm.errors import UserError
 from tarflowlm.training.muon import Muon
 
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
@@ -18,6 +19,9 @@ TAPS_SCALE = 3.0
 """Learning rate of a convolution's weights, as a multiple of the rest."""
 MUON = ("transformer.layers.", "token_features.")
 """Modules whose matrices Muon optimises."""
+
+QKV = "attention.qkv.weight"
+"""The end of the name of queries, keys and values, one below the other."""
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
@@ -39,9 +43,16 @@ def build_optimizers(
 
     Weight decay acts on matrices only. Muon (Jordan et al. 2024), in this `precision`, optimises
     the matrices of the Transformers and of the features inside a patch; AdamW the input maps,
-    heads, codebooks, vectors and block-diagonal tensors.
+    heads, codebooks, vectors and block-diagonal tensors. UserError for queries, keys and values of
+    a shape that Muon does not know.
     """
     muon = muon_matrices(config, model)
+    stacked = {name: p for name, p in muon.items() if name.endswith(QKV)}
+    for name, p in stacked.items():
+        if p.shape[0] != 3 * p.shape[1]:
+            what = f"{name} of shape {list(p.shape)}"
+            rule = "Muon cuts qkv in three squares: give it another name, or optim.optimizer adamw"
+            raise UserError(f"{what}: {rule}")
     # by their weight decay and the scale of their rate
     groups = defaultdict[tuple[float, float], list[Tensor]](list)
     for name, p in trained_parameters(model).items():
@@ -72,8 +83,7 @@ def build_optimizers(
             Muon(
                 [{"params": [*muon.values()], "lr_scale": 1.0}],
                 precision=precision,
-                # queries, keys and values
-                stacked=[p for name, p in muon.items() if name.endswith("attention.qkv.weight")],
+                stacked=stacked.values(),
                 lr=config.lr,
                 weight_decay=config.weight_decay,
             )
