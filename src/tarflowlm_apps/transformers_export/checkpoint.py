@@ -7,7 +7,9 @@ because a layer-normalised x has the mean zero.
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -37,11 +39,47 @@ TEMPLATE = Path(__file__).with_name("template")
 def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
     """Write what `AutoModelForCausalLM` and `AutoTokenizer` load into the new directory `out`.
 
-    UserError for patches, and where block 1 is no tied Mix-d that acts on all tokens.
+    UserError for patches, where block 1 is no tied Mix-d that acts on all tokens, for layers of a
+    user's own, and for files that `transformers`, if it is there, does not load.
     """
-    embedding, block, head = _token_model(checkpoint)
-    if checkpoint.model.config.trunk.is_gated:
-        return save_qwen3(checkpoint, out, embedding, block, head)
+    parts = _token_model(checkpoint)
+    trunk = checkpoint.model.config.trunk
+    name = checkpoint.directory.name
+    if trunk.layer_class is not None:
+        raise UserError(f"{name} has the layer {trunk.layer!r} of your own: export one with ours")
+    with new_folder(out) as folder:
+        (save_qwen3 if trunk.is_gated else save_persimmon)(checkpoint, folder, *parts)
+        if find_spec("transformers") is not None:
+            check_loads(folder, name)
+    return out
+
+
+def check_loads(folder: Path, name: str) -> None:
+    """UserError unless `transformers` finds all weights in a folder, and in their shapes."""
+    from transformers import AutoModelForCausalLM, logging
+
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+    _, found = loaded
+    wrong = [str(key) for kind in found.values() for key in kind]
+    if wrong:
+        what = f"{name} is no model of transformers ({', '.join(wrong[:2]):.100})"
+        raise UserError(f"{what}: export one whose Transformer is ours")
+
+
+def save_persimmon(
+    checkpoint: Checkpoint, folder: Path, embedding: Tensor, block: Conditioner, head: nn.Linear
+) -> None:
+    """Write the files of a Persimmon into a folder; parts as for `save_qwen3`."""
     shape = checkpoint.model.config
     trunk = shape.trunk
     V = shape.vocab_size
@@ -62,21 +100,19 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
         "max_position_embeddings": shape.context,
     }
     usual = {"temperature": checkpoint.run.temperature, "top_p": checkpoint.run.top_p}
-    with new_folder(out) as folder:
-        if trunk.input_taps:
-            code = "modeling_tarflowlm.py"
-            shutil.copy(TEMPLATE / f"{code}.txt", folder / code)
-            config |= read_json(TEMPLATE / "config_of_taps.json") | {"input_taps": trunk.input_taps}
-        files = {
-            "config.json": config,
-            "generation_config.json": ids | usual,
-            "tokenizer_config.json": special | {"model_max_length": shape.context},
-        }
-        for name, values in files.items():
-            write_json(folder / name, read_json(TEMPLATE / name) | values)
-        library.save(str(folder / TOKENIZER))
-        write_weights(folder / WEIGHTS, _weights(embedding, block, head), {"format": "pt"})
-    return out
+    if trunk.input_taps:
+        code = "modeling_tarflowlm.py"
+        shutil.copy(TEMPLATE / f"{code}.txt", folder / code)
+        config |= read_json(TEMPLATE / "config_of_taps.json") | {"input_taps": trunk.input_taps}
+    files = {
+        "config.json": config,
+        "generation_config.json": ids | usual,
+        "tokenizer_config.json": special | {"model_max_length": shape.context},
+    }
+    for name, values in files.items():
+        write_json(folder / name, read_json(TEMPLATE / name) | values)
+    library.save(str(folder / TOKENIZER))
+    write_weights(folder / WEIGHTS, _weights(embedding, block, head), {"format": "pt"})
 
 
 def _normalizer(tokenizer: OurTokenizer, given: Document | None) -> Document | None:

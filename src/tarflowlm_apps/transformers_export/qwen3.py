@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.tokenizer import BYTE_SYMBOLS, SEPARATOR, Document
 from tarflowlm.errors import UserError
-from tarflowlm.files import new_folder, write_json
+from tarflowlm.files import write_json
 from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.transformer import PreNormLayer
 from tarflowlm.runs import TOKENIZER, WEIGHTS
@@ -52,11 +51,10 @@ GGUF_NAMES = {
 GGUF = "model.gguf"
 
 
-@torch.no_grad()
 def save_qwen3(
-    checkpoint: Checkpoint, out: Path, embedding: Tensor, block: Conditioner, head: nn.Linear
-) -> Path:
-    """Write the folder that `transformers` loads, and in it, with the package gguf, `model.gguf`.
+    checkpoint: Checkpoint, folder: Path, embedding: Tensor, block: Conditioner, head: nn.Linear
+) -> None:
+    """Write what `transformers` loads into a folder, and with the package gguf `model.gguf`.
 
     `embedding` [V, D], `block` and `head` are what the model has of a language model.
     """
@@ -91,23 +89,21 @@ def save_qwen3(
     named = SEPARATOR if SEPARATOR in added else START
     special = {"bos_token": START, "eos_token": named, "pad_token": named}
     weights = weights_of(embedding, start, block, head)
-    with new_folder(out) as folder:
-        write_json(folder / "config.json", config)
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        sampling = {"do_sample": True, "top_k": 0, "suppress_tokens": [start]}
-        write_json(folder / "generation_config.json", ids | sampling | usual)
-        library = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "padding_side": "left",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": model.context,
-        }
-        write_json(folder / "tokenizer_config.json", library | special)
-        write_json(folder / TOKENIZER, document)
-        write_weights(folder / WEIGHTS, weights, {"format": "pt"})
-        if find_spec("gguf") is not None:
-            write_gguf(folder / GGUF, checkpoint, config, document, weights)
-    return out
+    write_json(folder / "config.json", config)
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sampling = {"do_sample": True, "top_k": 0, "suppress_tokens": [start]}
+    write_json(folder / "generation_config.json", ids | sampling | usual)
+    library = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.context,
+    }
+    write_json(folder / "tokenizer_config.json", library | special)
+    write_json(folder / TOKENIZER, document)
+    write_weights(folder / WEIGHTS, weights, {"format": "pt"})
+    if find_spec("gguf") is not None:
+        write_gguf(folder / GGUF, checkpoint, config, document, weights)
 
 
 def write_gguf(

@@ -13,8 +13,12 @@ import torch
 import tarflowlm
 from helpers import FILLS, TEXT8, TRUNK, save_run, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
+from tarflowlm.data import load_tokenizer
 from tarflowlm.errors import UserError
+from tarflowlm.flow.transformer import PreNormLayer
+from tarflowlm.model_config import LAYERS, TransformerConfig
 from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.hub import FOLDER
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
@@ -167,10 +171,40 @@ def test_other_models_are_refused(name, tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
+def test_layers_of_one_s_own_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(LAYERS, "mine", type("Mine", (PreNormLayer,), {}))
+    model = tiny_ar(trunk=replace(TRUNK, layer="mine"), **SIZE).float()
+    with pytest.raises(UserError, match="layer 'mine' of your own: export"):
+        save_causal_lm(tarflowlm.Pretrained(model, TEXT8), tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", [TRUNK, replace(TRUNK, layer="qwen3")])
+def test_files_that_do_not_load_are_not_kept(trunk, tmp_path, monkeypatch):
+    """As after a change of the Transformer that the export does not follow."""
+    monkeypatch.setattr(TransformerConfig, "hidden", 24)
+    if trunk.is_gated:
+        tokenizer, size = load_tokenizer(FOLDER / "english-small"), {"context": 16}
+        size["vocab_size"] = tokenizer.vocab_size
+    else:
+        tokenizer, size = TEXT8, SIZE
+    lm = tarflowlm.Pretrained(tiny_ar(trunk=trunk, **size).float(), tokenizer)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"own is no model of transformers .*mlp"):
+        save_causal_lm(lm, tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
 def test_refusals_of_the_command(tmp_path, refused):
     out = tmp_path / "exported"
     refused("export", "english-passes", "--causal-lm", "--out", out, names=["english-passes"])
     refused("export", "english-mini", "--causal-lm", "--half", "--out", out, names=["--half"])
+
+
+@pytest.mark.slow
+def test_an_exported_folder_is_no_place_and_no_model_of_ours(tmp_path, refused):
+    out = tmp_path / "exported"
     save_causal_lm(load_checkpoint("english-mini"), out)
     refused("export", "english-mini", "--causal-lm", "--out", out, names=["exists already"])
     refused("sample", out, names=["config.json"])
