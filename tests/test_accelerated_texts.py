@@ -15,7 +15,7 @@ from pretend_device import pretend
 from tarflowlm.baseline import TokenLM
 from tarflowlm.chunks import written_rows
 from tarflowlm.device import pick_device
-from tarflowlm.errors import Progress
+from tarflowlm.errors import Progress, UserError
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
@@ -180,7 +180,7 @@ def test_a_batch_without_memory_is_halved_and_counted_once(monkeypatch):
         assert write_texts(Writing(num_tokens=16, num=12), lm, progress) == expected
         assert progress.count == 16 * 12
         gpu.memory = gpu.alive
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(UserError, match="out of memory"):
             lm.write(num_tokens=16, num=12)
 
 

@@ -234,7 +234,7 @@ def test_a_stream_makes_the_table_of_the_codebook_once(monkeypatch):
     assert numbers[0] == numbers[1]
 
 
-def test_whoever_stops_where_a_token_is_drawn_sees_five_frames(monkeypatch):
+def test_whoever_stops_where_a_token_is_drawn_sees_six_frames(monkeypatch):
     found: list[list[str]] = []
     draw = Gumbel.draw
 
@@ -245,4 +245,4 @@ def test_whoever_stops_where_a_token_is_drawn_sees_five_frames(monkeypatch):
 
     monkeypatch.setattr(Gumbel, "draw", watched)
     list(tarflowlm.load("english-mini").stream("once", num_tokens=6))
-    assert found[0] == ["step", "step", "__iter__", "__iter__", "pieces"]
+    assert found[0] == ["step", "step", "__iter__", "__iter__", "pieces", "_step_by_step"]

@@ -139,6 +139,10 @@ def plan(
     if is_exact and particles > 1:
         rule = "this model continues a prompt exactly"
         raise UserError(f"particles {particles}: {rule}, leave them out")
+    if allowed is not None and not callable(allowed):
+        allowed = checked_mask(allowed, model)
+        if not allowed.any():
+            raise UserError("allowed is False for every token: allow at least one")
     is_free = not model.is_exact and num_given == 0 and particles == 1
     if continues or not is_open:
         shortest = num_given + sum(gap.least for gap in gaps)
@@ -151,7 +155,7 @@ def plan(
         sampling=sampling,
         way="gaps" if is_open else "inversion" if is_exact or is_free else "filter",
         prompt=num_given if is_exact or is_long else 0,
-        allowed=allowed if allowed is None or callable(allowed) else checked_mask(allowed, model),
+        allowed=allowed,
         end=end,
         lead=lead,
     )
@@ -210,8 +214,6 @@ def checked_mask(mask: object, model: LanguageModel) -> Tensor:
         mask = torch.tensor(mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
         raise UserError(f"allowed {mask!r:.60}: give a boolean mask of shape [{V}]")
-    if not mask.any():
-        raise UserError("allowed is False for every token: allow at least one")
     return mask.cpu()
 
 
