@@ -108,6 +108,7 @@ OPTIONAL = {
     "serve": {"starlette"},
     "compiled": {"numba"},
     "hub": {"huggingface_hub"},
+    "llm_plugin": {"llm", "pydantic"},
 }
 """Optional packages at the top of files of a folder, which is imported where used."""
 
