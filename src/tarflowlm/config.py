@@ -208,7 +208,7 @@ class TrainConfig(Checked):
     """Evenly spaced sequences of the test split in the final evaluation; 0 is all of it."""
     checkpoint_every: Count = 500
     """Steps between checkpoints; every stage ends with one."""
-    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers that also receive the lines of metrics.jsonl (extra `track`)."""
 
     def rules(self) -> Iterator[tuple[str, str]]:

@@ -67,7 +67,7 @@ def test_resuming_drops_later_lines_and_torn_ones(tmp_path):
 
 
 class FakeTracker(ModuleType):
-    """A module with the calls of wandb; keeps what it is asked for."""
+    """A module with the calls of wandb and trackio; keeps what it is asked for."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -120,13 +120,16 @@ def interrupted(corpus_file):
 
 
 @pytest.mark.slow
-def test_tracked_run_continues_under_its_name(tmp_path, interrupted, fake):
-    out, module = tmp_path / "run", fake("wandb")
-    interrupted(out, "wandb")
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_tracked_run_continues_under_its_name(tmp_path, interrupted, fake, name):
+    out, module = tmp_path / "run", fake(name)
+    interrupted(out, name)
     resume(out)
     first, second = module.inits
-    assert first["id"] == (out / "wandb.id").read_text(encoding="ascii")
-    assert first == second
+    identity = (out / f"{name}.id").read_text(encoding="ascii")
+    assert first["name"] == f"run-{identity}"
+    assert first.get("id", identity) == identity
+    assert (first["resume"], first) == ("allow", second)
     assert from_dict(RunConfig, first["config"]) == read_run(out)
     assert module.num_finished == 2
     sent = {(step, tag, value) for step, values in module.logged for tag, value in values.items()}

@@ -1,6 +1,7 @@
-"""The lines of a run's log in TensorBoard and Weights & Biases, as `train.track` asks for.
+"""The lines of a run's log in TensorBoard, Trackio and Weights & Biases, as `train.track` asks for.
 
-Needs the extra `track` (tensorboard, wandb). The log of a run starts `Trackers` by its name.
+Needs the extra `track` (tensorboard, trackio, wandb). The log of a run starts `Trackers` by its
+name.
 """
 
 import io
@@ -37,8 +38,7 @@ class Trackers(Progress):
     def __init__(self, config: RunConfig, out: Path, resume_at: int) -> None:
         self._open = dict[str, Tracker]()
         for name in config.train.track:
-            start = open_tensorboard if name == "tensorboard" else open_wandb
-            if tracker := self._attempt(name, start, config, out, resume_at):
+            if tracker := self._attempt(name, OPEN[name], config, out, resume_at):
                 self._open[name] = tracker
 
     def record(self, record: Record) -> None:
@@ -81,19 +81,42 @@ def open_tensorboard(_config: RunConfig, out: Path, resume_at: int) -> Tracker:
     return send, writer.close
 
 
+def open_trackio(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
+    """A run of Trackio, on this machine unless its variables name a server.
+
+    A resumed one continues under the identity in `out`/trackio.id. The steps between its checkpoint
+    and a kill are there twice.
+    """
+    check_package("trackio", "track", "train.track trackio")
+    import trackio
+
+    name, _ = _identity(out, "trackio")
+    with _terminal_of_the_bar():
+        run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "tarflowlm"),
+            name=name,
+            resume="allow",
+            config=to_dict(config),
+            embed=False,
+        )
+
+    def end() -> None:
+        with _terminal_of_the_bar():
+            trackio.finish()  # which, other than run.finish, forgets the run
+
+    return run.log, end
+
+
 def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
     """A run of Weights & Biases. A resumed one continues under the identity in `out`/wandb.id."""
     check_package("wandb", "track", "train.track wandb")
     import wandb
 
-    file = out / "wandb.id"
-    if not file.exists():
-        file.write_text(secrets.token_hex(4), encoding="ascii")
-    identity = file.read_text(encoding="ascii")
-    with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
+    name, identity = _identity(out, "wandb")
+    with _terminal_of_the_bar():
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tarflowlm"),
-            name=f"{out.resolve().name}-{identity}",
+            name=name,
             id=identity,
             resume="allow",
             config=to_dict(config),
@@ -103,11 +126,26 @@ def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
         )
 
     def end() -> None:
-        with redirect_stdout(io.StringIO()):
+        with _terminal_of_the_bar():
             # as failed, if an exception is on its way
             run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
-    def send(numbers: Numbers, step: int) -> None:
-        run.log(numbers, step=step)
+    return run.log, end
 
-    return send, end
+
+def _identity(out: Path, tracker: str) -> tuple[str, str]:
+    """The name and the identity of a run at a tracker, the same ones when it is resumed."""
+    file = out / f"{tracker}.id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4), encoding="ascii")
+    identity = file.read_text(encoding="ascii")
+    return f"{out.resolve().name}-{identity}", identity
+
+
+def _terminal_of_the_bar() -> redirect_stdout[io.StringIO]:
+    """A context in which a tracker prints nothing: the terminal belongs to the progress bar."""
+    return redirect_stdout(io.StringIO())
+
+
+OPEN = {"tensorboard": open_tensorboard, "trackio": open_trackio, "wandb": open_wandb}
+"""What opens a tracker: a function of the configuration, the run directory and its last step."""
