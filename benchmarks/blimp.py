@@ -15,7 +15,7 @@ The same by lm-eval's own tasks, from a local copy; it puts a space before each 
 equal values as right:
 
     python benchmarks/blimp.py blimp/data --tasks runs/blimp
-    tarflowlm harness english-small --tasks local_blimp --include_path runs/blimp
+    lm-eval --model hf --tasks local_blimp --include_path runs/blimp ...   # docs/harness.md
 """
 
 import argparse
@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from tarflowlm.errors import UserError
+from tarflowlm.objective import importance_weighted
 from tarflowlm.pretrained import Pretrained, load
-from tarflowlm_apps.lm_eval.scoring import TextScorer
 
 Score = Callable[[Sequence[str]], list[float]]
 """log p of each of some texts, or a bound on it, in nats."""
@@ -72,14 +72,32 @@ def read_pairs(place: Path, most: int | None) -> list[Pair]:
 def scores_of(lm: Pretrained, samples: Sequence[int]) -> dict[str, Score]:
     """The ways to score with a model, the exact one first."""
     if lm.model.is_exact:
-        return {"exact": TextScorer(lm).rolling}
+        return {"exact": bound(lm, 1)}
     found: dict[str, Score] = {}
     if find_spec("transformers") is not None:
         try:
             found["exact, block 1"] = exported(lm)
         except UserError as error:
             print(f"no exact value: {error}")
-    return found | {f"bound of {n}": TextScorer(lm, samples=n).rolling for n in samples}
+    return found | {f"bound of {n}": bound(lm, n) for n in samples}
+
+
+def bound(lm: Pretrained, samples: int) -> Score:
+    """A bound on log p by that many posterior samples, with the same noise for all texts.
+
+    Of a baseline it is the exact value.
+    """
+    model = lm.model
+    window = torch.zeros(1, model.config.context, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    noise = [model.draw_noise(window, generator) for _ in range(samples)]
+
+    def nats(rows: Tensor) -> Tensor:
+        given = [eps[:, : rows.shape[1]].expand(len(rows), -1, -1) for eps in noise]
+        log_w = torch.stack([-model.bound(rows, eps) for eps in given])
+        return importance_weighted(log_w)[:, None]
+
+    return by_length(lm, nats)
 
 
 def exported(lm: Pretrained) -> Score:
@@ -95,13 +113,12 @@ def exported(lm: Pretrained) -> Score:
 
 
 def by_length(lm: Pretrained, nats: Callable[[Tensor], Tensor]) -> Score:
-    """Scores by the `nats` [B, T] of the tokens [B, T] of texts of one length."""
-    scorer = TextScorer(lm)
+    """Scores by the `nats` of texts of one length, [B, T] -> [B, T], or [B, 1] of whole texts."""
 
     @torch.no_grad()
     def score(texts: Sequence[str]) -> list[float]:
         found = [0.0] * len(texts)
-        tokens = [scorer.encode(text) for text in texts]
+        tokens = lm.encode(texts)
         order = sorted(range(len(texts)), key=lambda at: len(tokens[at]))
         torch.manual_seed(0)  # of the masked flow
         while order:

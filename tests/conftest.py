@@ -6,7 +6,6 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -180,13 +179,9 @@ def script(monkeypatch) -> Callable[[str], ModuleType]:
 
 @pytest.fixture
 def local_tasks(monkeypatch) -> None:
-    """lm-evaluation-harness fetches nothing, and knows the tasks of the test alone."""
-    from lm_eval.tasks import TaskManager
-
+    """lm-evaluation-harness fetches nothing."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    # reading thousands of other tasks takes most of the time
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     # its log would be tied to the first test's stderr
     monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)
 

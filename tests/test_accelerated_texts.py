@@ -25,7 +25,6 @@ from tarflowlm.presets import preset
 from tarflowlm.pretrained import Pretrained
 from tarflowlm.processes import Processes
 from tarflowlm.requests import Writing
-from tarflowlm_apps.lm_eval.scoring import TextScorer
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import change, rewrite
 from tarflowlm_apps.studio.pieces import guarded
@@ -57,7 +56,6 @@ USES: dict[str, Use] = {
         samples=2,
         generator=torch.Generator(lm.device).manual_seed(0),
     ),
-    "harness": lambda lm: torch.tensor(TextScorer(lm).rolling([TEXT])),
     "evaluate": lambda lm: torch.tensor(
         evaluate(lm.model, TOKENS, torch.ones(27, dtype=torch.long), samples=2).nats_per_token
     ),

@@ -59,7 +59,7 @@ SMALL = [
     "--device=cpu",
 ]
 """Makes a training tiny. The last of several values of an option counts."""
-ELSEWHERE = {"quickstart", "report", "studio", "serve", "harness"}
+ELSEWHERE = {"quickstart", "report", "studio", "serve"}
 """Commands that are slow, serve or fetch: tests of their own run them."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -218,12 +218,6 @@ def options() -> dict[str, set[str]]:
     found["train"] |= {"--resume", "--model.blocks.0.coupling"}
     for name, args in (("reproduction", ReproductionArgs), ("quality", QualityArgs)):
         found[name] = {f"--{field.name.replace('_', '-')}" for field in fields(args)}
-    found["harness"] |= {
-        "--tasks",
-        "--include_path",
-        "--limit",
-        "--output_path",
-    }  # handed on to lm-eval
     return found
 
 

@@ -60,15 +60,15 @@ def test_a_flow_has_an_exact_value_and_bounds(script, table):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval")
-def test_the_tasks_of_lm_eval_read_local_pairs(
-    script, table, tmp_path, run_json, monkeypatch, local_tasks
-):
+def test_the_tasks_of_lm_eval_read_local_pairs(script, table, tmp_path, monkeypatch, local_tasks):
+    from lm_eval import simple_evaluate, tasks
+
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     blimp = script("benchmarks/blimp")
     blimp.write_tasks(blimp.read_pairs(table, None), tmp_path / "tasks")
-    words = ["--tasks", "local_blimp", "--include_path", tmp_path / "tasks"]
-    found = run_json("harness", "english-small-ar", *words)
-    assert found["results"]["local_blimp_agreement"]["acc,none"] == 1.0
+    manager = tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    found = simple_evaluate("dummy", tasks=["local_blimp"], task_manager=manager)
+    assert found["n-samples"]["local_blimp_agreement"]["effective"] == 2
     assert "acc,none" in found["results"]["local_blimp"]
 
 

@@ -37,7 +37,6 @@ OPTIONS = {
     "export": "causal-lm directory half json out",
     "push": "directory dry-run half json licence out private repository",
     "serve": "device directory host json port samples",
-    "harness": "directory json noise-seed normalize posterior-samples",
 }
 """Names of the fields of `Args`: words without dashes, options, and configurations."""
 TUNING = "data device from json lr minutes out seed steps unwrap"

@@ -26,7 +26,6 @@ COMPLETE = {
     "score": ["score", "flow", "--text", "the king"],
     "edit": ["edit", "flow", "--text", "the king"],
     "quickstart": ["quickstart", "--out", "OUT"],
-    "harness": ["harness", "flow"],
 }
 """A command with the words that it needs, for commands whose options hold numbers."""
 WITH = {
@@ -152,7 +151,6 @@ LINES = [
     (["runs", "."], ["no run"]),
     (["push", "flow", "nobody"], ["nobody", "OWNER/NAME"]),
     (["studio", "--port", "70000"], ["port 70000"]),
-    (["harness", "flow", "--model_args", "a=b"], ["--model_args"]),
 ]
 BOXES = [
     (["sample", "x", "--lenght", "3"], ["--lenght", "--length"]),
@@ -390,7 +388,6 @@ def test_no_configuration_brings_a_traceback(run, models, tmp_path_factory, key,
     [
         (["studio"], "gradio"),
         (["report", "english-mini", "--out", "OUT"], "matplotlib"),
-        (["harness", "english-mini", "--tasks", "list"], "lm_eval"),
     ],
 )
 def test_a_missing_extra_is_named(refused, monkeypatch, tmp_path, argv, package):

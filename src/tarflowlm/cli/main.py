@@ -43,7 +43,6 @@ COMMANDS = {
     "serve": "tarflowlm_apps.serve.command",
     "export": "tarflowlm.cli.export",
     "push": "tarflowlm_apps.hub.command",
-    "harness": "tarflowlm_apps.lm_eval.command",
 }
 """The module of every command, and words that are put before the user's words.
 

@@ -1,1 +1,0 @@
-"""Models in EleutherAI's lm-evaluation-harness (docs/harness.md)."""
