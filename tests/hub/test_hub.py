@@ -1,6 +1,7 @@
 """Models fetched from the hub and pushed to it, with their cards."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -136,6 +137,8 @@ def test_card_describes_the_model(finished, tmp_path):
         "`model.context` ",
         "27 (char)",
         "--seed 0",
+        "licence: not stated by its owner",
+        "## Intended use",
         "## Limits",
     ):
         assert part in card
@@ -149,6 +152,28 @@ def test_card_describes_the_model(finished, tmp_path):
     with pytest.raises(UserError, match="give an identifier of the hub"):
         tarflowlm.load(finished).save_pretrained(tmp_path / "third", licence="Apache 2.0")
     assert not (tmp_path / "third").exists()
+
+
+def test_the_head_of_a_card_tells_the_hub_what_is_known(finished, tmp_path):
+    lm = tarflowlm.load(finished)
+    card = huggingface_hub.ModelCard.load(lm.save_pretrained(tmp_path / "own") / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.metric_name, result.metric_value) == ("bits per character (<=)", 1.9062)
+    assert result.dataset_name == "text.txt, test split"
+    assert (card.data.language, card.data.datasets) == (None, None)
+    (finished / "summary.json").unlink()
+    texts = {
+        "stories": ("en", ["roneneldan/TinyStories"], "CDLA-Sharing-1.0"),
+        "tales": ("en", None, "public domain"),
+        "hf:ada/set/folder#story": (None, ["ada/set"], "that of [the set]"),
+    }
+    for number, (source, (language, datasets, licence)) in enumerate(texts.items()):
+        trained = replace(lm, run=replace(lm.run, data=replace(lm.run.data, source=source)))
+        folder = trained.save_pretrained(tmp_path / str(number))
+        card = huggingface_hub.ModelCard.load(folder / "README.md")
+        assert (card.data.language, card.data.datasets) == (language, datasets)
+        assert licence in card.text
+        assert "model-index" not in card.content
 
 
 @pytest.mark.slow
