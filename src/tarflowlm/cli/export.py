@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -31,13 +30,14 @@ def run(args: Args) -> None:
         # the core starts an application by name
         application = import_module("tarflowlm_apps.transformers_export.checkpoint")
         out = application.save_causal_lm(checkpoint, args.out)
-        if checkpoint.model.config.trunk.is_gated and find_spec("gguf") is None:
-            print_notice("without model.gguf, for llama.cpp: pip install 'tarflowlm[export]'")
     else:
         out = export(checkpoint, args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.iterdir())
     print_result(
         args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")]
     )
-    if not args.causal_lm:
+    if args.causal_lm:
+        for line in application.what_loads(out):
+            print_notice(line)
+    else:
         suggest("sample", out, *import_words(out))

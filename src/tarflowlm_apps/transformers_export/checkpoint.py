@@ -7,6 +7,7 @@ because a layer-normalised x has the mean zero.
 
 import json
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer as OurTokenizer
 from tarflowlm.data.tokenizer import SEPARATOR, Document
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, command
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.mixd import MixDCoupling
@@ -27,10 +28,12 @@ from tarflowlm.model import as_flow
 from tarflowlm.runs import TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.weights import write_weights
-from tarflowlm_apps.transformers_export.qwen3 import save_qwen3
+from tarflowlm_apps.transformers_export.qwen3 import GGUF, save_qwen3
 
 START, PAD = "<|start|>", "<|pad|>"
 EDGE = "\x02"
+CODE = "modeling_tarflowlm.py"
+"""Our code in an export with `input_taps`, which `transformers` asks to trust."""
 TEMPLATE = Path(__file__).with_name("template")
 """Shared by all checkpoints; names.json: weights of a layer, and modules of Persimmon."""
 
@@ -52,6 +55,17 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
         if find_spec("transformers") is not None:
             check_loads(folder, name)
     return out
+
+
+def what_loads(folder: Path) -> Iterator[str]:
+    """A line for each program that loads an exported folder: how it does."""
+    trust = ", trust_remote_code=True" if (folder / CODE).exists() else ""
+    place = folder.as_posix()
+    yield f'transformers: AutoModelForCausalLM.from_pretrained("{place}"{trust})'
+    if (folder / GGUF).exists():
+        yield f"llama.cpp: llama-server -m {command([str(folder / GGUF)])}"
+    elif read_json(folder / "config.json")["model_type"] == "qwen3":
+        yield "without model.gguf, for llama.cpp: pip install 'tarflowlm[export]'"
 
 
 def check_loads(folder: Path, name: str) -> None:
@@ -101,8 +115,7 @@ def save_persimmon(
     }
     usual = {"temperature": checkpoint.run.temperature, "top_p": checkpoint.run.top_p}
     if trunk.input_taps:
-        code = "modeling_tarflowlm.py"
-        shutil.copy(TEMPLATE / f"{code}.txt", folder / code)
+        shutil.copy(TEMPLATE / f"{CODE}.txt", folder / CODE)
         config |= read_json(TEMPLATE / "config_of_taps.json") | {"input_taps": trunk.input_taps}
     files = {
         "config.json": config,

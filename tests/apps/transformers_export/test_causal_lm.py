@@ -19,7 +19,7 @@ from tarflowlm.flow.transformer import PreNormLayer
 from tarflowlm.model_config import LAYERS, TransformerConfig
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FOLDER
-from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
+from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm, what_loads
 
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 SIZE = {"vocab_size": 27, "context": 16}
@@ -111,6 +111,16 @@ def test_a_shipped_model(tmp_path, run_json):
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert tokenizer.decode(drawn[0][0], skip_special_tokens=True).startswith(text)
+
+
+def test_an_export_says_what_loads_it(tmp_path, run):
+    out = tmp_path / "exported"
+    done = run("export", save_run(tmp_path / "taps", MODELS["taps"]()), "--causal-lm", "--out", out)
+    line = f'transformers: AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)'
+    assert line in done.err.splitlines()
+    plain = load_checkpoint(save_run(tmp_path / "plain", MODELS["stack"]()))
+    (line,) = what_loads(save_causal_lm(plain, tmp_path / "theirs"))
+    assert "trust_remote_code" not in line
 
 
 @pytest.mark.slow

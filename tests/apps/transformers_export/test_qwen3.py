@@ -13,7 +13,7 @@ from tarflowlm.data.bpe import train_bpe
 from tarflowlm.errors import UserError
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
+from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm, what_loads
 from tarflowlm_apps.transformers_export.qwen3 import GGUF, START
 
 pytestmark = [
@@ -66,6 +66,15 @@ def test_logits_are_those_of_the_model(exported, gguf):
     logits = theirs.eval()(torch.cat((start, tokens[:, :-1]), 1)).logits
     expected = expected_logits(checkpoint.model, tokens)
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+def test_what_loads_it_depends_on_the_package_gguf(exported):
+    _, folder = exported
+    *_, line = what_loads(folder)
+    assert ("llama-server" in line) == (find_spec("gguf") is not None)
+    (folder / GGUF).unlink(missing_ok=True)
+    *_, line = what_loads(folder)
+    assert "pip install" in line
 
 
 @torch.no_grad()
