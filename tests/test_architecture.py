@@ -29,8 +29,8 @@ MODULES = modules_below(CORE)
 APPLICATIONS = modules_below(APPS)
 
 LAYERS = """
-    errors chunks | files schema | compiled | flow | model_config | config | options presets |
-    data | device | processes | building | model | baseline | objective | runs |
+    errors chunks | registry | files schema | compiled | flow | model_config | config |
+    options presets | data | device | processes | building | model | baseline | objective | runs |
     requests | generation | evaluation | editing | training |
     terminal | pretrained | __init__ | cli | __main__
 """

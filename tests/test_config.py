@@ -57,7 +57,7 @@ def changed(path: str, value: object) -> dict:
         (
             "model.blocks",
             [{"coupling": "mixx"}],
-            "config.model.blocks.0.coupling 'mixx': choose one of affine.* import your own",
+            "blocks.0.coupling 'mixx': did you mean mix.* choose one of affine.* import your own",
         ),
         (
             "model.blocks",

@@ -12,8 +12,8 @@ from tarflowlm import config, model_config
 
 NAMES = """
     BaselineConfig FlowConfig Pretrained RunConfig Scores TarFlowLM TokenLM UserError coupling
-    elbo evaluate from_pretrained generate importance_weighted_bound layer load preset resume score
-    train
+    elbo evaluate from_pretrained generate importance_weighted_bound layer load optimizer preset
+    resume schedule score tokenizer train
 """
 FIELDS = {
     model_config.BaselineConfig: """
@@ -39,7 +39,7 @@ FIELDS = {
         reads_tokens separation starts trunk vocab_size
     """,
     config.OptimConfig: """
-        beta2 codebook_lr_scale decay eps grad_clip lr optimizer warmup weight_decay
+        beta2 codebook_lr_scale decay eps grad_clip lr optimizer schedule warmup weight_decay
     """,
     config.RunConfig: """
         data model name optim parent seed temperature top_p train

@@ -15,7 +15,7 @@ mine = lm.tune("my_text.txt", "runs/tuned", minutes=10)
 model, tokenizer = lm                   # modules of PyTorch
 tarflowlm.elbo, tarflowlm.importance_weighted_bound, tarflowlm.generate, tarflowlm.evaluate
 tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineConfig,
-tarflowlm.coupling, tarflowlm.layer
+tarflowlm.coupling, tarflowlm.layer, tarflowlm.tokenizer, tarflowlm.optimizer, tarflowlm.schedule
 """
 
 import importlib as _importlib

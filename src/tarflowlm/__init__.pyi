@@ -1,6 +1,9 @@
 # the public names, for type checkers, and the module of each, which __init__.py reads
 from tarflowlm.baseline import TokenLM as TokenLM
 from tarflowlm.config import RunConfig as RunConfig
+from tarflowlm.config import optimizer as optimizer
+from tarflowlm.config import schedule as schedule
+from tarflowlm.config import tokenizer as tokenizer
 from tarflowlm.errors import UserError as UserError
 from tarflowlm.evaluation.likelihood import evaluate as evaluate
 from tarflowlm.evaluation.scores import Scores as Scores

@@ -3,12 +3,13 @@
 No torch here: the command line reads configurations without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tarflowlm.errors import UserError, counted
 from tarflowlm.model_config import BaselineConfig, FlowConfig
+from tarflowlm.registry import Plugged, Registry
 from tarflowlm.schema import (
     Below1,
     Checked,
@@ -51,7 +52,47 @@ def check_alphabet(alphabet: str) -> None:
         raise UserError(f"alphabet {alphabet!r:.80}: {remedy}")
 
 
-Kind = Literal["char", "byte", "bpe"]
+TOKENIZERS = Registry("tokenizer", "char", "byte", "bpe", needs="encode_each")
+"""The tokenizers; those of users are a `data.Tokenizer`."""
+OPTIMIZERS = Registry("optimizer", "adamw", "muon")
+"""The optimisers; those of users are a function (`optimizer`)."""
+SCHEDULES = Registry("schedule", "wsd")
+"""The courses of the learning rate; those of users are a function (`schedule`)."""
+
+
+def tokenizer(name: str) -> Callable[[type[Plugged]], type[Plugged]]:
+    """Register a `data.Tokenizer` under a name, for `TokenizerConfig.kind` (docs/data.md).
+
+    UserError for a name that is taken.
+    """
+
+    def register(kind: type[Plugged]) -> type[Plugged]:
+        TOKENIZERS.own(name)(kind)
+        kind.kind = name  # type: ignore[attr-defined]
+        return kind
+
+    return register
+
+
+def optimizer(name: str) -> Callable[[Plugged], Plugged]:
+    """Register a function under a name, for `OptimConfig.optimizer` (docs/training.md).
+
+    From an `OptimConfig` and the parameters that train, by name, it makes a torch.optim.Optimizer,
+    or a list of them. A group of parameters has the rate of the run, times its `lr_scale`, if any.
+    UserError for a name that is taken.
+    """
+    return OPTIMIZERS.own(name)
+
+
+def schedule(name: str) -> Callable[[Plugged], Plugged]:
+    """Register a function under a name, for `OptimConfig.schedule` (docs/training.md).
+
+    From an `OptimConfig`, a step (0-based) and the number of steps of its stage, it gives the
+    learning rate as a share of the peak. UserError for a name that is taken.
+    """
+    return SCHEDULES.own(name)
+
+
 LARGEST_BPE = 1 << 22
 """The most tokens of a BPE: the library allocates memory for all up front, or aborts."""
 
@@ -60,12 +101,14 @@ LARGEST_BPE = 1 << 22
 class TokenizerConfig(Checked):
     """The tokenizer of a run."""
 
-    kind: Kind = "char"
-    """Units of text: characters of `alphabet`, UTF-8 bytes, or byte-pair encoding."""
+    kind: Annotated[str, TOKENIZERS] = "char"
+    """Units of text: characters of `alphabet`, UTF-8 bytes, or byte-pair encoding. Or a tokenizer
+    of your own, by its name (--import MODULE).
+    """
     alphabet: str = TEXT8_ALPHABET
     """The characters of kind char, or from which a BPE trained here on text8 text starts."""
     vocab_size: Whole = 0
-    """Number of tokens of a BPE trained here; 0 for every other tokenizer."""
+    """Number of tokens of a BPE trained here, or of your own tokenizer; 0 for every other one."""
     source: str = ""
     """A tokenizer.json, or a hub name such as gpt2. Empty: train a BPE here."""
     normalize: Literal["none", "text8", "auto"] = "text8"
@@ -75,10 +118,11 @@ class TokenizerConfig(Checked):
 
     def rules(self) -> Iterator[tuple[str, str]]:
         unused = f"has no effect with kind={self.kind!r} and source={self.source!r}: leave it out"
-        if self.source and self.kind != "bpe":
+        if self.source and self.kind in ("char", "byte"):
             yield "source", unused
         least = len(self.alphabet) + 1 if self.uses_alphabet else 258
-        if self.needs_training and not least <= self.vocab_size <= LARGEST_BPE:
+        is_bpe = self.needs_training and self.kind == "bpe"
+        if is_bpe and not least <= self.vocab_size <= LARGEST_BPE:
             rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or give a source"
             yield "vocab_size", rule
         if self.vocab_size and not self.needs_training:
@@ -100,12 +144,13 @@ class TokenizerConfig(Checked):
     @property
     def uses_alphabet(self) -> bool:
         """Whether tokens are, or start from, the characters of `alphabet`."""
-        return self.kind == "char" or (self.needs_training and self.normalization == "text8")
+        is_bpe = self.kind == "bpe" and not self.source
+        return self.kind == "char" or (is_bpe and self.normalization == "text8")
 
     @property
     def needs_training(self) -> bool:
         """Whether `build_tokenizer` must be given training text."""
-        return self.kind == "bpe" and not self.source
+        return self.kind not in ("char", "byte") and not self.source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +176,14 @@ class OptimConfig(Checked):
     """Optimiser and learning rate. The schedule restarts in every progressive stage."""
 
     section: ClassVar[str] = "optim."
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: for the matrices of the Transformer, and AdamW for the rest."""
+    optimizer: Annotated[str, OPTIMIZERS] = "muon"
+    """muon: for the matrices of the Transformer, and AdamW for the rest. Or an optimiser of your
+    own, by its name (--import MODULE).
+    """
+    schedule: Annotated[str, SCHEDULES] = "wsd"
+    """wsd: the rate rises, is constant, and falls (warm-up, stable, decay; Hu et al. 2024). Or a
+    schedule of your own, by its name (--import MODULE).
+    """
     lr: Positive = 6e-3
     """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so both use it."""
     codebook_lr_scale: NotNegative = 0.05

@@ -6,15 +6,12 @@ No torch here: the command line reads configurations without it.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Interval
 
-from tarflowlm.errors import UserError
+from tarflowlm.registry import Plugged, Registry
 from tarflowlm.schema import Below1, Checked, Count, Positive, Whole
-
-Plugged = TypeVar("Plugged")
-"""A class of a user's own."""
 
 InPatch = Literal["autoregressive", "independent"]
 
@@ -22,45 +19,16 @@ InPatch = Literal["autoregressive", "independent"]
 Depth = Annotated[int, Interval(ge=1, le=4096)]
 """A number of layers, of which an impossible one would never be built."""
 
-LAYERS: dict[str, Any] = {"gpt": None, "qwen3": None}
-"""The layers of Transformers by their names; those of users have a class (`layer`)."""
+LAYERS = Registry("layer", "gpt", "qwen3", needs="compute")
+"""The layers of Transformers; those of users are a `flow.transformer.Layer`."""
 
 
-def own_module(kind: object) -> str | None:
-    """The module of a class of a user's own; None for a class of ours, and for None."""
-    module: str = getattr(kind, "__module__", __name__)
-    return None if module.partition(".")[0] == __name__.partition(".")[0] else module
-
-
-def check_name(what: str, name: str, kind: type, known: object) -> None:
-    """UserError unless the class `kind` may take a name, which the class `known` has.
-
-    A notebook may run the cell that defines a class more than once. A module of a user's own, which
-    the configurations of its runs name, may have used the name before one of ours did.
-    """
-    is_same = getattr(known, "__qualname__", "") == kind.__qualname__
-    is_replaced = own_module(known) is None and own_module(kind) not in (None, "__main__")
-    if not is_same and not is_replaced:
-        raise UserError(f"{what} {name!r} exists already: choose another name")
-
-
-def layer(name: str) -> Callable[[type[Plugged]], type[Plugged]]:
+def layer(name: str) -> Callable[[Plugged], Plugged]:
     """Register a `flow.transformer.Layer` under a name, for `TransformerConfig.layer`.
 
     UserError for a name that is taken.
     """
-    if not name or not isinstance(name, str):
-        raise UserError(f"layer {name!r:.40}: give it a name, a str")
-
-    def register(kind: type[Plugged]) -> type[Plugged]:
-        if not hasattr(kind, "compute"):
-            raise UserError(f"layer {name!r}: {kind!r:.40} has no `compute` (docs/flow.md)")
-        if name in LAYERS:
-            check_name("layer", name, kind, LAYERS[name])
-        LAYERS[name] = kind
-        return kind
-
-    return register
+    return LAYERS.own(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +42,7 @@ class TransformerConfig(Checked):
     """Attention heads H; the width must be a multiple of 2 H."""
     mlp_ratio: Count = 4
     """Hidden width of the MLP, as a multiple of the width."""
-    layer: str = "gpt"
+    layer: Annotated[str, LAYERS] = "gpt"
     """gpt: an MLP with GELU, and a head with a bias. qwen3: a gated MLP of as many weights (SwiGLU;
     Shazeer 2020), and no bias: the layers of Qwen3, which other programs run (docs/hub.md). Or a
     layer of your own, by its name (--import MODULE).
@@ -86,9 +54,6 @@ class TransformerConfig(Checked):
         pairs = 2 * self.num_heads
         if self.width % pairs:
             yield "width", f"must be a multiple of 2 * num_heads = {pairs}"
-        if self.layer not in LAYERS:
-            known = ", ".join(LAYERS)
-            yield "layer", f"choose one of {known}, or import your own (--import MODULE)"
 
     @property
     def head_width(self) -> int:
@@ -138,11 +103,6 @@ class LanguageModelConfig(Checked):
     """Tokens P per position; P divides the context."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)
     """Shape of the Transformer; every block of a flow has its own weights."""
-
-    def __init_subclass__(cls) -> None:
-        if "family" in vars(cls) and cls.family in cls.KINDS:
-            check_name("family", cls.family, cls, cls.KINDS[cls.family])
-        super().__init_subclass__()
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.context % self.patch:
@@ -196,6 +156,10 @@ class LanguageModelConfig(Checked):
         return resolve_name(self.model)(self)
 
 
+FAMILIES = LanguageModelConfig.KINDS
+"""The configurations of models. One of a user's own is a subclass with a `family` and a `model`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig(LanguageModelConfig):
     """Shape of the baseline."""
@@ -224,7 +188,6 @@ class BlockConfig(Checked):
     """One block of the stack: its depth, and the options of its coupling, which subclasses add."""
 
     KEY: ClassVar[str] = "coupling"
-    MORE_KINDS: ClassVar[str] = ", or import your own (--import MODULE)"
     coupling: ClassVar[str]
     """The name of the coupling."""
     implementation: ClassVar[Any] = None
@@ -302,6 +265,11 @@ class MixD(BlockConfig):
         return self.components == 0
 
 
+COUPLINGS = BlockConfig.KINDS
+"""The configurations of blocks by their couplings."""
+COUPLINGS.needs = "conditionals"
+
+
 def coupling(
     name: str, options: type[BlockConfig] = ChannelBlock
 ) -> Callable[[type[Plugged]], type[Plugged]]:
@@ -310,14 +278,9 @@ def coupling(
     The class gets its configuration as `options`: a subclass of `options`, a frozen dataclass.
     UserError for a name that is taken.
     """
-    if not name or not isinstance(name, str):
-        raise UserError(f"coupling {name!r:.40}: give it a name, a str")
 
     def register(kind: type[Plugged]) -> type[Plugged]:
-        if not hasattr(kind, "conditionals"):
-            raise UserError(f"coupling {name!r}: {kind!r:.40} has no `conditionals` (docs/flow.md)")
-        if name in BlockConfig.KINDS:
-            check_name("coupling", name, kind, BlockConfig.KINDS[name].implementation)
+        COUPLINGS.check(name, kind)
         own = {"coupling": name, "implementation": kind}
         # where pickle finds it
         own |= {"__module__": kind.__module__, "__qualname__": f"{kind.__qualname__}.options"}

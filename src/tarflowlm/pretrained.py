@@ -4,39 +4,42 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from tarflowlm.config import (
+    OPTIMIZERS,
+    SCHEDULES,
     TEXT8_ALPHABET,
     DataConfig,
-    Kind,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
 )
 from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
+from tarflowlm.data.tokenizer import check_own
 from tarflowlm.device import pick_device
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError, system_errors
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, score_texts
 from tarflowlm.generation.texts import Samples, write_texts
-from tarflowlm.model import LanguageModel, TarFlowLM
+from tarflowlm.model import LanguageModel, TarFlowLM, check_model
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.options import takes
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
-from tarflowlm.runs.weights import check_finite
+from tarflowlm.runs.weights import check_finite, checksum
 from tarflowlm.schema import check_path, check_type
 
 P = ParamSpec("P")
@@ -108,6 +111,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
             raise UserError(f"model of {ours} symbols, tokenizer of {theirs}: give the model's own")
         if run is None:
             check_finite(model.state_dict(), "model")
+            check_own(tokenizer)
             run, info = _own_run(model, tokenizer), {"blocks": str(model.num_blocks)}
         check_type(run, "run", RunConfig, "leave it out")
         super().__init__(model, tokenizer, run, info or {}, directory)
@@ -242,7 +246,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         from tarflowlm.training.configure import tuning
 
         run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed, unwrap=unwrap)
-        return _trained(run, out, device, self)
+        return _trained(run, out, device, parent=self)
 
     @using_model
     def save_pretrained(
@@ -341,6 +345,9 @@ def train(
     steps: int | None = None,
     seed: int | None = None,
     device: str = "auto",
+    model: LanguageModel | Checkpoint | None = None,
+    optimizer: str | Callable[..., Any] | None = None,
+    schedule: str | Callable[..., Any] | None = None,
     **values: Any,
 ) -> Pretrained[LanguageModel]:
     """Train a preset or a configuration in the directory `out`, and load the model.
@@ -348,32 +355,77 @@ def train(
     Repeated, the call continues a run that was stopped. `minutes` or `steps` set the length, `data`
     the text (a corpus or a file), `values` any field by its dotted name, as in train("mini-ar",
     "runs/a", **{"model.layers": 8}).
+
+    A `model` of your own gives the shape and the first weights, in place of the preset's; its
+    frozen parameters stay as they are, and it does not change itself. `optimizer` and `schedule`
+    are names, or what `tarflowlm.optimizer` and `tarflowlm.schedule` have given one.
     """
     check_type(run, "run", (str, RunConfig), "give the name of a preset, or a RunConfig")
     config = preset(run) if isinstance(run, str) else run
     check_time(minutes, steps)
     given = {"data.source": data and str(data), "train.minutes": minutes, "seed": seed}
+    if optimizer is not None:
+        given["optim.optimizer"] = OPTIMIZERS.name_of(optimizer)
+    if schedule is not None:
+        given["optim.schedule"] = SCHEDULES.name_of(schedule)
     given = {name: value for name, value in given.items() if value is not None}
+    first = model.model if isinstance(model, Checkpoint) else model
+    if first is not None:
+        config = _beginning_with(first, config, values)
     config = with_fields(config, given | values)
     if steps is not None:
         config = with_steps(config, steps)
-    return _trained(config, out, device, None)
+    return _trained(config, out, device, model=first)
+
+
+def _beginning_with(model: LanguageModel, run: RunConfig, values: dict[str, object]) -> RunConfig:
+    """The run of a model of the caller's own."""
+    check_model(model)
+    for name in values:
+        if name.startswith("model."):
+            raise UserError(f"{name} with a model: it brings its own shape, leave that out")
+    check_finite(model.state_dict(), "model")
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    assert isinstance(model.config, FlowConfig | BaselineConfig)
+    stages = model.num_blocks if run.train.mode == "progressive" else 1
+    steps = run.train.stage_steps
+    if len(steps) != stages:
+        # block 1 has the steps of the first stage
+        steps = (*steps, *(steps[-1],) * stages)[:stages]
+    return replace(
+        run,
+        model=model.config,
+        parent=f"model@{checksum(weights)}",
+        train=replace(run.train, stage_steps=steps),
+    )
 
 
 def resume(out: str | Path, *, device: str = "auto") -> Pretrained[LanguageModel]:
     """Continue the run in `out`, or load it if it is finished."""
-    return _trained(None, out, device, None)
+    return _trained(None, out, device)
 
 
 def _trained(
-    run: RunConfig | None, out: str | Path, device: str, parent: Checkpoint | None
+    run: RunConfig | None,
+    out: str | Path,
+    device: str,
+    *,
+    parent: Checkpoint | None = None,
+    model: LanguageModel | None = None,
 ) -> Pretrained[LanguageModel]:
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.training import train as training
 
     check_path(out, "out", "give the directory to write")
     with system_errors(), Bars(keep=True) as reporter:
-        training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
+        training.train(
+            run,
+            Path(out),
+            device=pick_device(device),
+            reporter=reporter,
+            parent=parent,
+            model=model,
+        )
     return load(out, device)
 
 
@@ -386,9 +438,9 @@ def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
     """The configuration with which a model of the caller's own is saved and tuned."""
     assert isinstance(model.config, FlowConfig | BaselineConfig)
     how = TokenizerConfig(
-        kind=cast(Kind, tokenizer.kind),
+        kind=tokenizer.kind,
         alphabet=tokenizer.alphabet if isinstance(tokenizer, CharTokenizer) else TEXT8_ALPHABET,
-        source="own" if tokenizer.kind == "bpe" else "",
+        source="" if tokenizer.kind in ("char", "byte") else "own",
         normalize=tokenizer.normalization,
     )
     train = TrainConfig(stage_steps=(1000,) * model.num_blocks)

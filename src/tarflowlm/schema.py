@@ -1,7 +1,8 @@
 """Types, ranges and contradictions of dataclasses: configurations, requests, and JSON.
 
 A field says its range in its type, `Annotated[int, Ge(1)]`; a text after it is advice, if the rule
-needs any: `Annotated[float, Gt(0), "leave it out"]`. One walker, `checked`, reads such types, for
+needs any: `Annotated[float, Gt(0), "leave it out"]`. `Annotated[str, REGISTRY]` is a name of that
+`Registry`. One walker, `checked`, reads such types, for
 fields, JSON values and arguments of functions. No torch here.
 """
 
@@ -20,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from tarflowlm.errors import UserError, guess
+from tarflowlm.registry import Registry
 
 T = TypeVar("T")
 
@@ -139,8 +141,7 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
         }
         name = value.pop(cls.KEY, next(iter(known)) if len(known) == 1 else None)
         if not isinstance(name, str) or name not in known:
-            remedy = f"choose one of {', '.join(known)}{cls.MORE_KINDS}"
-            raise UserError(f"{prefix}{cls.KEY} {name!r:.40}: {remedy}")
+            raise UserError(f"{prefix}{cls.KEY} {name!r:.40}: {cls.KINDS.remedy(name, known)}")
         cls = known[name]
     hints = hints_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -179,7 +180,10 @@ def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
 
 
 def _check_range(value: Any, notes: Sequence[object], where: str) -> None:
-    """UserError, with the remedy if there is one, for a number out of the limits of `notes`."""
+    """UserError for a number out of the limits of `notes`, or a name that is in no registry."""
+    for registry in notes:
+        if isinstance(registry, Registry) and value not in registry:
+            raise WrongType(where, value, registry.remedy(value), is_choice=True)
     limits = [
         (words, fits, at)
         for name, (words, fits) in _RULES.items()
@@ -266,10 +270,8 @@ class Checked:
     """The prefix of the names of its fields, with a dot at the end."""
     KEY: ClassVar[str] = ""
     """The class attribute whose value, under this key, is in JSON and tells classes apart."""
-    KINDS: ClassVar[dict[str, type[Any]]] = {}
-    """The classes that have a value of KEY, by this value; every KEY has a dict of its own."""
-    MORE_KINDS: ClassVar[str] = ""
-    """Where to find classes of other names."""
+    KINDS: ClassVar[Registry] = Registry("")
+    """The classes that have a value of KEY, by this value; every KEY has a registry of its own."""
     NAMES: ClassVar[Mapping[str, str]] = {}
     """Fields whose options have other names."""
     EXCLUSIVE: ClassVar[Mapping[str, Sequence[str]]] = {}
@@ -279,9 +281,9 @@ class Checked:
 
     def __init_subclass__(cls) -> None:
         if "KEY" in vars(cls):
-            cls.KINDS = {}
+            cls.KINDS = Registry(cls.KEY)
         if cls.KEY in vars(cls):
-            cls.KINDS[vars(cls)[cls.KEY]] = cls
+            cls.KINDS.add(vars(cls)[cls.KEY], cls)
 
     def __new__(cls, *_: object, **values: object) -> Self:
         check_keys(values, [one.name for one in dataclasses.fields(cls)], cls.section)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from tarflowlm.data import (
     CharTokenizer,
-    Tokenizer,
     TokenizerConfig,
     build_tokenizer,
     load_tokenizer,
 )
 from tarflowlm.data.bpe import train_bpe
+from tarflowlm.data.library import LibraryTokenizer
 from tarflowlm.data.reading import text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError
 
@@ -81,8 +81,8 @@ def test_saved_bpe_loads_as_it_was(tmp_path, words):
 
 def test_long_texts_encode_as_if_whole(monkeypatch):
     whole = BYTE_LEVEL.encode(CASED)
-    monkeypatch.setattr("tarflowlm.data.tokenizer.PIECE", 16)
-    monkeypatch.setattr("tarflowlm.data.tokenizer._BATCH", 3)
+    monkeypatch.setattr("tarflowlm.data.library.PIECE", 16)
+    monkeypatch.setattr("tarflowlm.data.library._BATCH", 3)
     assert (BYTE_LEVEL.encode(CASED) == whole).all()
 
 
@@ -91,7 +91,7 @@ def test_the_names_of_special_tokens_are_text_in_a_text():
     library.add_special_tokens(["<|endoftext|>"])
     library.enable_truncation(3)
     library.enable_padding(length=50)
-    tokenizer = Tokenizer(json.loads(library.to_str()))
+    tokenizer = LibraryTokenizer(json.loads(library.to_str()))
     text = "the cat<|endoftext|>the cats"
     ids = tokenizer.encode(text)
     assert tokenizer.vocab_size == 301

@@ -20,8 +20,8 @@ from tarflowlm.data import (
     windows,
 )
 from tarflowlm.data import encode as encode_module
+from tarflowlm.data.library import SEPARATOR
 from tarflowlm.data.splits import SPLITS
-from tarflowlm.data.tokenizer import SEPARATOR
 from tarflowlm.errors import UserError
 
 OPEN = TokenizerConfig(normalize="auto")

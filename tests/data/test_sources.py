@@ -23,12 +23,12 @@ from tarflowlm.data import (
     normalize_text8,
 )
 from tarflowlm.data.bpe import train_bpe
+from tarflowlm.data.library import SEPARATOR
 from tarflowlm.data.parquet import OpenWebText
 from tarflowlm.data.reading import read_text
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.data.splits import SPLITS, split_of_document
 from tarflowlm.data.text_files import Text8
-from tarflowlm.data.tokenizer import SEPARATOR
 from tarflowlm.errors import UserError
 from tarflowlm.files import sources_dir
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tarflowlm.data.library import ByteTokenizer
 from tarflowlm.data.prompts import TextStream
-from tarflowlm.data.tokenizer import ByteTokenizer
 
 
 def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0) -> tuple[str, TextStream]:

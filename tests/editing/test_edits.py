@@ -7,7 +7,7 @@ import tarflowlm
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.tokenizer import CharTokenizer
+from tarflowlm.data.library import CharTokenizer
 from tarflowlm.editing.edits import (
     edit,
     find_all,

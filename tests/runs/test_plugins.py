@@ -10,12 +10,13 @@ import pytest
 
 import tarflowlm
 from helpers import FLOW, TEXT8, save_run, tiny_flow
+from tarflowlm.config import OPTIMIZERS, SCHEDULES, TOKENIZERS
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
-from tarflowlm.model_config import LAYERS, BlockConfig, FlowConfig, LanguageModelConfig
+from tarflowlm.model_config import COUPLINGS, FAMILIES, LAYERS, FlowConfig
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 
-REGISTRIES = (BlockConfig.KINDS, LanguageModelConfig.KINDS, LAYERS)
+REGISTRIES = (COUPLINGS, FAMILIES, LAYERS, TOKENIZERS, OPTIMIZERS, SCHEDULES)
 PARTS = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -83,7 +84,7 @@ def parts(tmp_path, monkeypatch, forget):
 def own_run(folder, parts, **names: str):
     """A run directory of a model of own classes of all kinds."""
     made = parts(**names)
-    block = BlockConfig.KINDS[names.get("coupling", "bent")](sees_tokens=False)
+    block = COUPLINGS[names.get("coupling", "bent")](sees_tokens=False)
     trunk = {"width": 8, "num_heads": 2, "layer": names.get("layer", "own")}
     config = made.FrozenConfig(
         vocab_size=27,
@@ -107,10 +108,11 @@ def test_a_model_is_of_the_class_that_its_configuration_names(tmp_path, parts):
 def test_a_run_names_the_modules_of_all_its_classes(tmp_path, parts, forget, run_json):
     folder = own_run(tmp_path / "run", parts)
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert document["imports"] == dict.fromkeys(NEW.values(), "my_parts")
+    own = [f"{kind} {name!r}" for kind, name in NEW.items()]
+    assert document["imports"] == dict.fromkeys(own, "my_parts")
     with_them = run_json("info", folder)
     forget()
-    with pytest.raises(UserError, match="model 'frozen' of your module my_parts: import that"):
+    with pytest.raises(UserError, match="family 'frozen' of your module my_parts: import that"):
         load_checkpoint(folder)
     # without them it is shown under their names
     assert run_json("info", folder) == with_them
@@ -122,13 +124,12 @@ def test_a_run_names_the_modules_of_all_its_classes(tmp_path, parts, forget, run
 @pytest.mark.parametrize("names", [{"coupling": "mix1"}, {"layer": "qwen3"}, {"family": "ar"}])
 def test_a_class_that_a_run_imports_wins_over_one_of_ours(tmp_path, parts, forget, names):
     (key,) = names
-    word = "model" if key == "family" else key
     folder = own_run(tmp_path / "run", parts, **names)
     made = load_checkpoint(folder).model.state_dict()
     forget()
     # as if the name were ours since then
     parts(**{key: "another"})
-    with pytest.raises(UserError, match=f"{word} '{names[key]}' of your module my_parts: import"):
+    with pytest.raises(UserError, match=f"{key} '{names[key]}' of your module my_parts: import"):
         load_checkpoint(folder)
     forget()
     parts(**names)

@@ -148,7 +148,8 @@ def _row(record: "RunRecord") -> dict[str, Any]:
         "source": data.source,
         "normalize": data.tokenizer.normalization,
         "unwrap": data.unwrap,
-        "bpc": min(record.valid["bpc"].tolist(), default=None),
+        # NaN under a tokenizer that loses characters
+        "bpc": min((bpc for bpc in record.valid["bpc"].tolist() if bpc == bpc), default=None),
         "split": "valid" if len(record.valid["bpc"]) else "",
         "bound": record.run.model.bound,
         "tokens": int(record.train["tokens"][-1]),

@@ -77,12 +77,15 @@ def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object
     spread = f" (standard error {found.stderr:.4f})" if found.windows > 1 else ""
     sign = sign_of(found.bound)
     rows = [
-        ("bits per character", f"{sign} {found.bpc:.4f}"),
-        ("bits per byte", f"{sign} {found.bits_per_byte:.4f}"),
         ("nats per token", f"{sign} {found.nats_per_token:.4f}{spread}"),
         ("perplexity per token", f"{sign} {found.ppl:.4f}"),
         ("bound", found.bound),
     ]
+    if found.characters:
+        rows[:0] = [
+            ("bits per character", f"{sign} {found.bpc:.4f}"),
+            ("bits per byte", f"{sign} {found.bits_per_byte:.4f}"),
+        ]
     if found.gap is not None:
         errors = of_gap = ""
         if found.windows > 1:
@@ -92,7 +95,8 @@ def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object
         rows.append(("ELBO, nats per token", f"<= {found.elbo:.4f}{errors}"))
         rows.append(("gap to the ELBO", f"{found.gap:.5f} nats per token{of_gap}"))
     scored = f"{found.tokens:,} of {reading['text_tokens']:,} tokens"
-    rows.append(("text", f"{scored}, {found.characters:,} characters"))
+    kept = f"{found.characters:,} characters" if found.characters else "which keep no characters"
+    rows.append(("text", f"{scored}, {kept}"))
     windows = f"{found.windows:,} of {reading['context']} tokens, stride {reading['stride']}"
     rows.append(("windows", windows))
     if reading["precision"] != "float32":

@@ -74,6 +74,7 @@ def run(args: Args) -> None:
 
 def describe(given: Path) -> Model:
     """Describe the model of a path or a name."""
+    from tarflowlm.config import TOKENIZERS
     from tarflowlm.data import load_tokenizer
     from tarflowlm.model_config import BaselineConfig
     from tarflowlm.runs.checkpoint import locate, read_run, read_summary
@@ -83,8 +84,12 @@ def describe(given: Path) -> Model:
     folder = locate(given)
     run = read_run(folder, is_shown=True)
     tensors, info = read_weights(folder / WEIGHTS)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    config = run.model
+    config, how = run.model, run.data.tokenizer
+    kind, vocab_size, normalization = how.kind, config.vocab_size, how.normalization
+    if kind in TOKENIZERS:  # else its module is not imported
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        kind, vocab_size = tokenizer.kind, tokenizer.vocab_size
+        normalization = tokenizer.normalization
     test = (read_summary(folder) or {}).get("test", {})
     trained = int(info.get("blocks", config.num_blocks))
     if isinstance(config, BaselineConfig):
@@ -94,7 +99,7 @@ def describe(given: Path) -> Model:
     card = read_card(folder)
     sizes = {name: one.numel() for name, one in tensors.items()}
     counts = {name: int(info[name]) for name in ("step", "tokens") if name in info}
-    symbols = f"{tokenizer.vocab_size:,} symbols, normalisation {tokenizer.normalization}"
+    symbols = f"{vocab_size:,} symbols, normalisation {normalization}"
     return {
         "name": shown_name(given, folder),
         "preset": run.name,
@@ -105,7 +110,7 @@ def describe(given: Path) -> Model:
         "trunk_parameters": sum(n for name, n in sizes.items() if "transformer." in name),
         "context": config.context,
         "patch": config.patch,
-        "tokenizer": f"{tokenizer.kind}, {symbols}",
+        "tokenizer": f"{kind}, {symbols}",
         "source": run.data.source,
         "steps": counts.get("step"),
         "tokens": counts.get("tokens"),

@@ -25,6 +25,7 @@ from tarflowlm import schema
 from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError, is_first_process
 from tarflowlm.options import Integer, Out, Unwrap, arg, flag
+from tarflowlm.registry import Registry
 from tarflowlm.runs.hub import check_model
 
 if TYPE_CHECKING:
@@ -127,8 +128,18 @@ def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
     # without this rule
     spec = ConstructorRegistry.get_struct_spec(replace(info, markers=(*info.markers, OWN)))
     assert isinstance(spec, StructConstructorSpec)
-    options = [replace(one, helptext=partial(_help, cls, one.name)) for one in spec.fields]
+    options = [
+        replace(one, helptext=partial(_help, cls, one.name), type=_choices(cls, one.name, one.type))
+        for one in spec.fields
+    ]
     return StructConstructorSpec(make, tuple(options))
+
+
+def _choices(cls: type, name: str, kind: Any) -> Any:
+    """The type of a field; of a name in a registry, all names that it has by now."""
+    notes = get_args(schema.hints_of(cls).get(name))[1:]
+    found = next((one for one in notes if isinstance(one, Registry)), None)
+    return kind if found is None else Literal[tuple(found)]
 
 
 def _help(cls: type, name: str) -> str | None:

@@ -130,9 +130,11 @@ def _print(names: Sequence[str], found: "Sequence[Scores]", samples: int) -> Non
     else:
         for name, one in zip(names, found, strict=True):
             _print_lines([name], [one])
-    rows = [
-        ["bits per character", *(f"{one.sign} {one.bits_per_character:.4f}" for one in found)],
-        ["bits per token", *(f"{one.sign} {one.per_token:.4f}" for one in found)],
+    rows = [["bits per token", *(f"{one.sign} {one.per_token:.4f}" for one in found)]]
+    if all(one.is_lossless for one in found):
+        bits = (f"{one.sign} {one.bits_per_character:.4f}" for one in found)
+        rows.insert(0, ["bits per character", *bits])
+    rows += [
         ["bits in all", *(f"{one.sign} {one.total:.2f}" for one in found)],
         ["characters", *(f"{len(one.text):,}" for one in found)],
         ["tokens", *(f"{len(one.bits):,}" for one in found)],

@@ -144,7 +144,7 @@ def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[st
 
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
-    from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.evaluation.likelihood import in_bits
     from tarflowlm.processes import launched
     from tarflowlm.runs.checkpoint import import_words
     from tarflowlm.training.configure import tuning
@@ -182,10 +182,9 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     if not processes.first:
         return
     test = summary["test"]
-    bound = f"{sign_of(test['bound'])} {test['bpc']:.4f} bits per character"
     trunk = f"{summary['trunk_parameters']:,} of them in Transformers"
     rows = [
-        ("test", f"{bound} ({test['bound']}, {test['tokens']:,} tokens)"),
+        ("test", f"{in_bits(test['bound'], test)} ({test['bound']}, {test['tokens']:,} tokens)"),
         ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
         ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
         ("parameters", f"{summary['parameters']:,}, {trunk}"),

@@ -1,4 +1,4 @@
-"""The tokenizer that a configuration describes; a BPE is trained here, or read from a file."""
+"""The tokenizer that a configuration describes; it is trained here, or read from a file."""
 
 import json
 import os
@@ -6,23 +6,25 @@ from collections.abc import Iterable, Iterator
 
 import tokenizers
 
-from tarflowlm.config import Normalization, TokenizerConfig
-from tarflowlm.data.reading import text_pieces
-from tarflowlm.data.tokenizer import (
+from tarflowlm.config import TOKENIZERS, Normalization, TokenizerConfig
+from tarflowlm.data.library import (
     PIECE,
     ByteTokenizer,
     CharTokenizer,
-    Tokenizer,
+    LibraryTokenizer,
     end_token,
     load_tokenizer,
 )
+from tarflowlm.data.reading import text_pieces
+from tarflowlm.data.tokenizer import Tokenizer, check_own
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 
 
 def build_tokenizer(
     config: TokenizerConfig, training_text: Iterable[str] = (), *, has_documents: bool = False
 ) -> Tokenizer:
-    """The tokenizer that `config` describes. BPE is trained on pieces of normalised text.
+    """The tokenizer that `config` describes. BPE, or one of a user's own, is trained on pieces of
+    normalised text.
 
     If the text `has_documents` and is not normalised, one token of a new tokenizer ends them.
     """
@@ -37,6 +39,10 @@ def build_tokenizer(
         if how == "text8":
             found.end = None  # a tokenizer.json with text8 has none
         return found
+    if (own := TOKENIZERS[config.kind]) is not None:
+        made: Tokenizer = own.train(training_text, config).with_normalization(how)
+        check_own(made)
+        return made
     has_end = has_documents and how == "none"
     if config.kind == "char":
         return CharTokenizer(config.alphabet, how, has_end=has_end)
@@ -88,7 +94,7 @@ def train_bpe(
         what = f"the text gives at most {reached + has_end} tokens; ask for no more"
         raise UserError(f"data.tokenizer.vocab_size {vocab_size + has_end}: {what}")
     added = [end_token(reached)] if has_end else []
-    return Tokenizer(json.loads(library.to_str()) | {"added_tokens": added}, normalization)
+    return LibraryTokenizer(json.loads(library.to_str()) | {"added_tokens": added}, normalization)
 
 
 def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:

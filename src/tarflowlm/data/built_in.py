@@ -4,10 +4,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
+from tarflowlm.data.library import SEPARATOR
 from tarflowlm.data.reading import read_text
 from tarflowlm.data.source import Source, Text
 from tarflowlm.data.splits import SPLITS
-from tarflowlm.data.tokenizer import SEPARATOR
 
 
 class BuiltIn(Source):

@@ -16,10 +16,11 @@ import numpy as np
 from tarflowlm.config import DataConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.encode import encoded
+from tarflowlm.data.library import load_tokenizer
 from tarflowlm.data.source import GivenTexts, Source
 from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
 from tarflowlm.data.splits import SPLITS, Split
-from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
+from tarflowlm.data.tokenizer import Tokenizer, check_own
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress, UserError, first_line
 from tarflowlm.files import cache_root, new_folder, sync_file, waiting_lock, write_json
@@ -127,6 +128,8 @@ def prepare_corpus(
         if out is not None or text.unwrap:
             raise UserError(f"{text.source} is prepared already: give its text")
         return _opened(text, tokenizer)
+    if tokenizer is not None:
+        check_own(tokenizer)
     config = text.tokenizer if tokenizer is None else None
     source = resolve_source(text, (tokenizer or text.tokenizer).normalization, progress=progress)
     if config is not None and not config.needs_training:

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from tarflowlm.data.library import PIECE
 from tarflowlm.data.reading import BLOCK, text_pieces
 from tarflowlm.data.source import Source
 from tarflowlm.data.splits import SPLITS, Piece, Split
-from tarflowlm.data.tokenizer import PIECE, Tokenizer
+from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.data.windows import Array
+from tarflowlm.errors import UserError
+from tarflowlm.registry import own_module
 
 
 def encoded(
@@ -18,7 +21,8 @@ def encoded(
     *,
     is_whole: bool = False,
 ) -> Iterator[tuple[Split, Array, int]]:
-    """The tokens of the `wanted` splits of a text in parts, with the number of their characters.
+    """The tokens of the `wanted` splits of a text in parts, with the number of their characters, 0
+    under a tokenizer that loses some of them.
 
     Every piece is encoded on its own. The ends of documents are among the tokens. A text that
     `is_whole` may be cut elsewhere than between its splits, where word pieces may cross.
@@ -32,7 +36,15 @@ def encoded(
         split = batch[0].split
         lengths = [len(piece.text) for piece in batch]
         if split in wanted:
-            ids = tokenizer.encode_each([piece.text for piece in batch])
+            parts = [piece.text for piece in batch]
+            if not tokenizer.is_lossless:
+                yield split, _lossy(batch, tokenizer), 0
+                source.progress.advance(sum(lengths))
+                continue
+            ids = tokenizer.encode_each(parts)
+            if own_module(type(tokenizer)) and tokenizer.decode(ids) != "".join(parts):
+                what = f"tokenizer {tokenizer.kind!r} loses some of {source.name}"
+                raise UserError(f"{what}: set is_lossless = False in its class")
             if tokenizer.end is not None:
                 # before the first token that begins a character of the next document
                 reached = tokenizer.characters_per_token[ids].cumsum()
@@ -40,6 +52,15 @@ def encoded(
                 ids = np.insert(ids, np.searchsorted(reached, ends, side="right"), tokenizer.end)
             yield split, ids.astype(tokenizer.token_dtype), sum(lengths)
         source.progress.advance(sum(lengths))
+
+
+def _lossy(batch: Iterable[Piece], tokenizer: Tokenizer) -> Array:
+    """The tokens of pieces, one by one, under a tokenizer that does not keep their lengths."""
+    parts = []
+    for piece in batch:
+        ends = [tokenizer.end] if piece.ends and tokenizer.end is not None else []
+        parts += [tokenizer.encode_each([piece.text]), np.array(ends, dtype=np.int64)]
+    return np.concatenate(parts).astype(tokenizer.token_dtype)
 
 
 def _separated(source: Source, tokenizer: Tokenizer) -> Iterator[Piece]:

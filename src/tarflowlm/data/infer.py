@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.corpus import is_prepared, open_corpus
+from tarflowlm.data.library import CharTokenizer
 from tarflowlm.data.normalize import is_wrapped
 from tarflowlm.data.reading import BLOCK
 from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
 from tarflowlm.data.text_files import TextFiles
-from tarflowlm.data.tokenizer import CharTokenizer, Tokenizer
+from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.schema import from_dict
 
 STRANGE_SHARE = 0.01
@@ -58,7 +59,8 @@ def infer_tokenizer(text: DataConfig) -> DataConfig:
             "byte": "256 bytes",
             "bpe": f"{wanted.vocab_size or 'the'} pieces of words",
         }
-        log.info("%s is read unchanged; its symbols are %s", source, symbols[wanted.kind])
+        found_as = symbols.get(wanted.kind, f"those of your tokenizer {wanted.kind}")
+        log.info("%s is read unchanged; its symbols are %s", source, found_as)
     beginning = _beginning(text)
     if wanted.normalization == "text8":
         _tell_losses(source, beginning, "data.tokenizer.normalize none")

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+from tarflowlm.data.library import SEPARATOR
 from tarflowlm.data.reading import FIELD, plain_line_ends
 from tarflowlm.data.source import Source, Text
 from tarflowlm.data.splits import fair_shares
-from tarflowlm.data.tokenizer import SEPARATOR
 from tarflowlm.errors import UserError, check_package, first_line
 from tarflowlm.files import sources_dir, waiting_lock
 

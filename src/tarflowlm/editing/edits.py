@@ -62,7 +62,9 @@ class Edited:
         return self._bits(self.change.bounds[1], self.change.tokens)
 
     def _bits(self, nats: Tensor, tokens: Tensor) -> Tensor:
-        return bits(nats.cpu()) / self.characters[tokens.cpu()].sum(-1).clamp_min(1)
+        # none under a tokenizer that loses some of a text
+        count = self.characters[tokens.cpu()].sum(-1)
+        return (bits(nats.cpu()) / count.clamp_min(1)).masked_fill(count == 0, torch.nan)
 
 
 def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:

@@ -4,9 +4,9 @@ Shape legend: W windows of T tokens, S posterior samples for each.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,15 @@ def bits(nats: Nats) -> Nats:
 def sign_of(bound: str) -> str:
     """The sign before a number with this `bound`."""
     return "=" if bound == "exact" else "<="
+
+
+def in_bits(bound: str, test: Mapping[str, Any]) -> str:
+    """The bits of a text in words, from `Likelihood.to_json`: per character, or per token under a
+    tokenizer that loses characters.
+    """
+    if test["bpc"] is not None and math.isfinite(test["bpc"]):
+        return f"{sign_of(bound)} {test['bpc']:.4f} bits per character"
+    return f"{sign_of(bound)} {bits(test['nats_per_token']):.4f} bits per token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +76,7 @@ class Likelihood:
 
     @property
     def bpc(self) -> float:
-        """Bits per character of the text."""
+        """Bits per character of the text; infinite if it has none, or its tokenizer loses some."""
         total = bits(self.nats_per_token) * self.tokens
         return total / self.characters if self.characters else math.inf
 

@@ -50,6 +50,8 @@ class Scores:
     """[T]: the tokens of this text, as strings to show."""
     notice: str | None = None
     """A line if the model reads the text differently from how it was given."""
+    is_lossless: bool = True
+    """Whether the tokens restore the text."""
 
     @property
     def exact(self) -> bool:
@@ -68,8 +70,8 @@ class Scores:
 
     @property
     def bits_per_character(self) -> float:
-        """Bits per character of `text`; NaN for tokens alone."""
-        return self.total / len(self.text) if self.text else math.nan
+        """Bits per character of `text`; NaN for tokens alone, or those that do not restore it."""
+        return self.total / len(self.text) if self.text and self.is_lossless else math.nan
 
     @property
     def sign(self) -> str:
@@ -110,7 +112,8 @@ def score_texts(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> 
     scored = []
     for reading, one in zip(readings, found, strict=True):
         symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
-        scored.append(replace(one, text=reading.text, symbols=symbols, notice=reading.notice))
+        told = replace(one, text=reading.text, symbols=symbols, notice=reading.notice)
+        scored.append(replace(told, is_lossless=lm.tokenizer.is_lossless))
     return scored
 
 

@@ -1,9 +1,9 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,18 +16,10 @@ from tarflowlm.errors import UserError, command
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
-from tarflowlm.model_config import (
-    LAYERS,
-    Affine,
-    BaselineConfig,
-    BlockConfig,
-    FlowConfig,
-    LanguageModelConfig,
-    TransformerConfig,
-    own_module,
-)
+from tarflowlm.model_config import FAMILIES, FlowConfig
 from tarflowlm.runs import BEST, CONFIG, COUNTERS, STATE, SUMMARY, TOKENIZER, WEIGHTS
 from tarflowlm.runs.hub import check_model, fetch, folder_of, is_reference, released
+from tarflowlm.runs.named import check_imports, imports_of, stand_in, with_names
 from tarflowlm.runs.weights import (
     SETTINGS,
     check_finite,
@@ -75,46 +67,21 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     here. UserError for a model whose class has no name.
     """
     kind = type(run.model)
-    if LanguageModelConfig.KINDS[kind.family].__qualname__ != kind.__qualname__:
+    if FAMILIES[kind.family].__qualname__ != kind.__qualname__:
         what = f"{kind.__name__} has the family {kind.family!r} of another class"
         raise UserError(f"{what}: give it one of its own, by which it is loaded")
     document = to_dict(run)
-    own = {
-        values[key]: own_module(known.get(values[key]))
-        for key, _, values, known in named_classes(document)
-    }
-    imports = {name: module for name, module in own.items() if module not in (None, "__main__")}
+    imports = imports_of(document)
     head = {"model_type": MODEL_TYPE} | ({"imports": imports} if imports else {})
     write_json(directory / CONFIG, head | document)
     tokenizer.save(directory / TOKENIZER)
 
 
-Named = tuple[str, int, dict[str, Any], Mapping[str, Any]]
-"""A key, the index of its block, the JSON values that name a class by the key, and all classes."""
-
-
-def named_classes(document: dict[str, Any]) -> Iterator[Named]:
-    """The places in a configuration that name a class, which may be one of a user's own."""
-    model = document.get("model")
-    values = model if isinstance(model, dict) else {}
-    blocks = values.get("blocks")
-    places: list[tuple[str, int, Any, Mapping[str, Any]]] = [
-        ("family", 0, model, LanguageModelConfig.KINDS),
-        ("layer", 0, values.get("trunk"), LAYERS),
-    ]
-    for index, block in enumerate(blocks if isinstance(blocks, list) else ()):
-        places.append(("coupling", index, block, BlockConfig.KINDS))
-    for place in places:
-        key, _, values, _ = place
-        if isinstance(values, dict) and isinstance(values.get(key), str):
-            yield place
-
-
 def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
     """The configuration of a run directory.
 
-    UserError if it is none, or damaged, or has a coupling whose module is not imported. A run that
-    `is_shown` is not built, so of such a coupling the name is enough.
+    UserError if it is none, or damaged, or names something of a module that is not imported. A run
+    that `is_shown` is not built, so of that the name is enough.
     """
     path = directory / CONFIG
     if not path.exists():
@@ -126,58 +93,18 @@ def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
     is_run = isinstance(document, dict) and document.pop("model_type", None) == MODEL_TYPE
     if not is_run or not isinstance(imports := document.pop("imports", {}), dict):
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")
-    shown: dict[tuple[str, int], str] = {}
-    for key, index, values, known in named_classes(document):
-        name, kind = values[key], "model" if key == "family" else key
-        module = own_module(known.get(name))
-        if name in imports and module is None:
-            if not is_shown:
-                what = f"{directory} has the {kind} {name!r} of your module {imports[name]}"
-                remedy = f"import that first, or pass --import {imports[name]}"
-                raise UserError(f"{what}: {remedy}")
-            shown[key, index] = name
-            _stand_in(values, key)
-        elif name not in imports and module not in (None, "__main__"):
-            what = (
-                f"{directory} has the {kind} {name!r} of tarflowlm, whose name {module} has taken"
-            )
-            raise UserError(f"{what}: load it without that module")
+    missing = check_imports(document, imports, str(directory))
+    if missing and not is_shown:
+        module = imports[missing[0].label]
+        what = f"{directory} has the {missing[0].label} of your module {module}"
+        raise UserError(f"{what}: import that first, or pass --import {module}")
+    names = {one.path: stand_in(one) for one in missing}
     try:
         run = from_dict(RunConfig, document, where=str(path))
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
-    return _named(run, shown) if shown else run
-
-
-def _stand_in(values: dict[str, Any], key: str) -> None:
-    """Let the values name a class of ours, and drop options that it does not have."""
-    flow_or_baseline = FlowConfig if "blocks" in values else BaselineConfig
-    kept, name = {
-        "family": (flow_or_baseline, flow_or_baseline.family),
-        "layer": (TransformerConfig, TransformerConfig.layer),
-        "coupling": (BlockConfig, Affine.coupling),
-    }[key]
-    for option in values.keys() - {one.name for one in fields(kept)}:
-        del values[option]
-    values[key] = name
-
-
-def _named(run: RunConfig, names: dict[tuple[str, int], str]) -> RunConfig:
-    """The run with the names of classes that others stand in for."""
-    model = run.model
-    blocks = getattr(model, "blocks", ())
-    own = {index: name for (key, index), name in names.items() if key == "coupling"}
-    changes: dict[str, object] = {
-        "family": names.get(("family", 0), model.family),
-        "trunk": model.trunk.unchecked(layer=names.get(("layer", 0), model.trunk.layer)),
-    }
-    if own:
-        changes["blocks"] = tuple(
-            block.unchecked(coupling=own.get(index, block.coupling))
-            for index, block in enumerate(blocks)
-        )
-    return run.unchecked(model=model.unchecked(**changes))
+    return with_names(run, names)
 
 
 def read_summary(directory: Path) -> Summary | None:

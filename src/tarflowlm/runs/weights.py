@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tarflowlm.errors import UserError, counted
 from tarflowlm.files import read_json, replacing, sha256_of, write_json
-from tarflowlm.model_config import LanguageModelConfig, own_module
+from tarflowlm.model_config import LanguageModelConfig
+from tarflowlm.registry import own_module
 from tarflowlm.runs import CONFIG, MANIFEST
 
 CHECKSUM = "sha256"

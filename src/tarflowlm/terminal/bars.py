@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,13 +178,16 @@ class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
         """Show the numbers of a line of metrics.jsonl."""
         assert self._task is not None
         shown = dict(self.progress.tasks[-1].fields["details"])
+        bits, unit = float(record["bpc"]), "bpc"
+        if not math.isfinite(bits):  # the tokenizer loses characters
+            bits, unit = float(record["nats_per_token"]) / math.log(2), "bits a token"
         if record["split"] == "train":
-            shown["train"] = f"train {record['bpc']:.3f} bpc"
+            shown["train"] = f"train {bits:.3f} {unit}"
             if self.is_wide:
                 shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
             untrained = " before training" if record["step"] == 0 else ""
-            shown["valid"] = f"valid {record['bpc']:.3f}{untrained}"
+            shown["valid"] = f"valid {bits:.3f}{untrained}"
             if "text" in record:
                 self._quote(str(record["text"]))
         self._step = int(record["step"])

@@ -4,6 +4,7 @@ Both are kept: `auto` means another precision on another device, and a run must 
 same request.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tarflowlm.data import (
 )
 from tarflowlm.data.sources import HUB
 from tarflowlm.errors import Progress, UserError, check_package
+from tarflowlm.model import LanguageModel
 from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.processes import Processes
 from tarflowlm.runs import TOKENIZER
@@ -28,11 +30,14 @@ from tarflowlm.runs.checkpoint import Checkpoint, read_run
 from tarflowlm.runs.weights import checksum
 from tarflowlm.schema import checked
 
+logger = logging.getLogger("tarflowlm")
+
 
 def complete(
     asked: RunConfig | None,
     out: Path,
     parent: Checkpoint | None,
+    model: LanguageModel | None,
     device: torch.device,
     processes: Processes,
     progress: Progress,
@@ -51,18 +56,21 @@ def complete(
     else:
         for tracker in asked.train.track:
             check_package(tracker, "track", f"train.track {tracker}")
-        if asked.parent and parent is None:
+        if asked.parent and parent is None and model is None:
             raise UserError(f"parent {asked.parent}: give that model with `train --from`")
-        text = asked.data if asked.parent else infer_tokenizer(asked.data)
+        text = asked.data if parent is not None else infer_tokenizer(asked.data)
         config = settled(replace(asked, data=text))
     processes.rows_each(config.train)  # for its error
     tokenizer: Tokenizer | None = None
     if parent is not None:
         tokenizer = parent.tokenizer
-    elif config.parent or (asked is None and config.data.tokenizer.source):
+    elif asked is None and (config.parent or config.data.tokenizer.source):
         tokenizer = load_tokenizer(out / TOKENIZER)  # a run keeps a copy
     with processes.first_alone():
         corpus = prepare_corpus(config.data, tokenizer, progress=progress)
+    if not corpus.tokenizer.is_lossless:
+        what = f"the tokenizer {corpus.tokenizer.kind} loses some of a text"
+        logger.info("%s: there are no bits per character", what)
     context = config.model.context
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)
@@ -75,10 +83,10 @@ def complete(
     if config.model.vocab_size not in (0, vocab_size):
         raise UserError(
             f"model.vocab_size {config.model.vocab_size}: the tokenizer has {vocab_size} symbols; "
-            "leave it at 0"
+            "leave it at 0, or give a model of as many"
         )
-    model = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, model=model, train=with_precision(config.train, device))
+    shape = replace(config.model, vocab_size=vocab_size)
+    config = replace(config, model=shape, train=with_precision(config.train, device))
     return processes.from_first(config), corpus
 
 

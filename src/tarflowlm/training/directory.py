@@ -9,12 +9,16 @@ from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus
 from tarflowlm.errors import UserError
 from tarflowlm.files import TEMPORARY, full_disk_as_user_error, read_json, write_json, writer_lock
+from tarflowlm.model import LanguageModel
 from tarflowlm.processes import Processes
 from tarflowlm.runs import ASKED, BEST, CONFIG, METRICS, PARENT, STATE, TOKENIZER, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint, resume_command, write_run
+from tarflowlm.runs.checkpoint import resume_command, write_run
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, from_dict, to_dict
 from tarflowlm.training.configure import settled
+
+FROZEN = "frozen"
+"""Entry of the header of the weights that a run begins with: the parameters that do not train."""
 
 
 def is_begun(out: Path) -> bool:
@@ -95,14 +99,18 @@ def write_start(
     asked: RunConfig | None,
     config: RunConfig,
     corpus: Corpus,
-    parent: Checkpoint | None,
+    parent: LanguageModel | None,
+    info: dict[str, str],
 ) -> None:
-    """Write the files that a run directory has from the beginning."""
+    """Write the files that a run directory has from the beginning: among them the weights of the
+    model that it begins with, if any, with `info` and the names of its frozen parameters.
+    """
     if asked is not None:
         # the first file: it makes the directory a run
         write_json(out / ASKED, to_dict(settled(asked)))
     (out / STATE).mkdir(exist_ok=True)
     shutil.rmtree(out / BEST, ignore_errors=True)  # a run may have been killed before it saved
     if parent is not None:
-        write_weights(out / PARENT, parent.model.state_dict(), parent.info)
+        frozen = [name for name, p in parent.named_parameters() if not p.requires_grad]
+        write_weights(out / PARENT, parent.state_dict(), info | {FROZEN: " ".join(frozen)})
     write_run(out, config, corpus.tokenizer)

@@ -12,7 +12,7 @@ from tarflowlm import chunks
 from tarflowlm.data import eval_windows
 from tarflowlm.errors import SILENT, Progress, Record, UserError
 from tarflowlm.evaluation.likelihood import Likelihood, summarise
-from tarflowlm.files import write_json
+from tarflowlm.files import for_json, write_json
 from tarflowlm.generation.texts import Samples
 from tarflowlm.requests import Writing
 from tarflowlm.runs import BEST, SUMMARY
@@ -101,7 +101,7 @@ def finish(run: Run) -> Summary:
         "minutes": minutes,
         "parameters": sum(sizes.values()),
         "trunk_parameters": sum(n for name, n in sizes.items() if "transformer." in name),
-        "test": test.to_json(),
+        "test": for_json(test.to_json()),
         "source": config.data.source,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -1,16 +1,18 @@
 """How weights change: optimisers, the learning rate, and averages of weights."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from tarflowlm.config import OptimConfig, Precision
+from tarflowlm.config import OPTIMIZERS, SCHEDULES, OptimConfig, Precision
 from tarflowlm.errors import UserError
+from tarflowlm.schema import NotNegative, check_type, checked
 from tarflowlm.training.muon import Muon
 
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
@@ -27,8 +29,11 @@ QKV = "attention.qkv.weight"
 def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
     """The learning rate as a share of its peak, in (0, 1], at `step` (0-based) of `num_steps`.
 
-    It rises linearly, is constant, and falls linearly to zero.
+    It rises linearly, is constant, and falls linearly to zero, or is one of a user's own. UserError
+    for a number of that which is no rate.
     """
+    if (own := SCHEDULES[config.schedule]) is not None:
+        return checked(own(config, step, num_steps), NotNegative, f"schedule {config.schedule!r}")
     warmup = max(1, round(config.warmup * num_steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -44,8 +49,17 @@ def build_optimizers(
     Weight decay acts on matrices only. Muon (Jordan et al. 2024), in this `precision`, optimises
     the matrices of the Transformers and of the features inside a patch; AdamW the input maps,
     heads, codebooks, vectors and block-diagonal tensors. UserError for queries, keys and values of
-    a shape that Muon does not know.
+    a shape that Muon does not know, and for an optimiser of a user's own that is none.
     """
+    if (own := OPTIMIZERS[config.optimizer]) is not None:
+        made = own(config, trained_parameters(model))
+        found = list(made) if isinstance(made, list | tuple) else [made]
+        for one in found:
+            wanted = "give a torch.optim.Optimizer, or a list of them"
+            check_type(one, f"optimizer {config.optimizer!r}", torch.optim.Optimizer, wanted)
+            for group in one.param_groups:
+                group.setdefault("lr_scale", 1.0)
+        return found
     muon = muon_matrices(config, model)
     stacked = {name: p for name, p in muon.items() if name.endswith(QKV)}
     for name, p in stacked.items():
@@ -53,25 +67,11 @@ def build_optimizers(
             what = f"{name} of shape {list(p.shape)}"
             rule = "Muon cuts qkv in three squares: give it another name, or optim.optimizer adamw"
             raise UserError(f"{what}: {rule}")
-    # by their weight decay and the scale of their rate
-    groups = defaultdict[tuple[float, float], list[Tensor]](list)
-    for name, p in trained_parameters(model).items():
-        decay, scale = 0.0, 1.0
-        if name.endswith(CODEBOOK):
-            scale = config.codebook_lr_scale
-        elif name.endswith("transformer.input_taps"):
-            scale = TAPS_SCALE
-        # a head stacks the biases of its groups, and its evidence starts nonzero
-        elif p.ndim >= 2 and ".biases." not in name and not name.endswith(".evidence"):
-            decay = config.weight_decay
-        if name not in muon:
-            groups[decay, scale].append(p)
+    parameters = trained_parameters(model)
+    others = {name: p for name, p in parameters.items() if name not in muon}
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [
-                {"params": params, "weight_decay": decay, "lr_scale": scale}
-                for (decay, scale), params in groups.items()
-            ],
+            parameter_groups(config, others),
             lr=config.lr,
             betas=(0.9, config.beta2),
             eps=config.eps,
@@ -89,6 +89,25 @@ def build_optimizers(
             )
         )
     return optimizers
+
+
+def parameter_groups(config: OptimConfig, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Parameters, by name, in groups for an optimiser, with `weight_decay` and `lr_scale`."""
+    groups = defaultdict[tuple[float, float], list[Tensor]](list)
+    for name, p in parameters.items():
+        decay, scale = 0.0, 1.0
+        if name.endswith(CODEBOOK):
+            scale = config.codebook_lr_scale
+        elif name.endswith("transformer.input_taps"):
+            scale = TAPS_SCALE
+        # a head stacks the biases of its groups, and its evidence starts nonzero
+        elif p.ndim >= 2 and ".biases." not in name and not name.endswith(".evidence"):
+            decay = config.weight_decay
+        groups[decay, scale].append(p)
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in groups.items()
+    ]
 
 
 def muon_matrices(config: OptimConfig, model: nn.Module) -> dict[str, Tensor]:
@@ -127,7 +146,8 @@ def take_step(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for parameter in parameters.values():
+        parameter.grad = None  # also of those that no optimiser has
 
 
 # copies of weights

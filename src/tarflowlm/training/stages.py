@@ -10,6 +10,7 @@ from tarflowlm.runs import BEST, PARENT
 from tarflowlm.runs.weights import read_weights
 from tarflowlm.training.checkpoint import submit_run, submit_weights
 from tarflowlm.training.configure import native_precision
+from tarflowlm.training.directory import FROZEN
 from tarflowlm.training.optim import assign, build_optimizers, copy_of
 from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.pace import seconds, update_pace
@@ -28,16 +29,20 @@ def enter_stage(run: Run) -> None:
     while model.num_blocks < config.model_of_stage(stage).num_blocks:
         with seeded(config.seed + 1000 * (model.num_blocks + counters.idle)):
             as_flow(model).append_block()
+    kept: list[str] = []
     if config.parent:
         # this run has trained the blocks below
         own = f"prior.blocks.{stage}." if stage else ""
-        inherited, _ = read_weights(run.out / PARENT)
+        inherited, info = read_weights(run.out / PARENT)
+        kept = info.get(FROZEN, "").split()
         weights = {name: w for name, w in inherited.items() if name.startswith(own)}
         model.load_state_dict(weights, strict=False)
     if not run.is_sharded:
         # FSDP2 moves shards one by one: the whole model need not fit on the device
         model.to(run.device)
     model.train_only(stage)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in kept)
     run.bound = parallelise(model, config.train, run.processes, frozen=stage, compiled=run.compiles)
     precision = run.processes.from_first(native_precision(run.device))
     run.optimizers = build_optimizers(config.optim, model, precision)
@@ -76,7 +81,8 @@ def leave_stage(run: Run, end: Likelihood) -> None:
         assign(trained(run.model), final)
         assign(run.copies.get("average", {}), final)
     kept = counters.lowest if config.train.keep == "best" else end.nats_per_token
-    bpc = bits(kept) * end.tokens / end.characters
+    # bits per token under a tokenizer that loses characters
+    bpc = bits(kept) * end.tokens / (end.characters or end.tokens)
     # a coupling that does not start as the identity may end worse than the model without it
     is_worse = counters.stage > 0 and config.train.keep == "best" and bpc > counters.valid_bpc[-1]
     is_idle = counters.stage > 0 and (is_worse or not counters.lowest_at)

@@ -5,6 +5,7 @@
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def train(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
     parent: Checkpoint | None = None,
+    model: LanguageModel | None = None,
 ) -> Summary:
     """Train the run that is `asked` for in the directory `out`, or continue the one there.
 
@@ -64,7 +66,8 @@ def train(
     that was left then; its weights are the same as if it had never stopped. The number of processes
     may change. A finished run is left alone, unless its weights are damaged and must be restored.
     With `asked` None, any run in `out` continues. A run of `tuning` begins with the weights and the
-    tokenizer of its `parent`, and keeps a copy of both.
+    tokenizer of its `parent`, and keeps a copy of both; any other run may begin with the weights of
+    a `model`, of which frozen parameters stay as they are.
 
     Raises UserError, before anything is written, if `out` is in use for anything else, or the text
     has changed; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError as
@@ -79,13 +82,14 @@ def train(
         return summary
 
     config, corpus = complete(
-        asked if not begun else None, out, parent, device, processes, reporter
+        asked if not begun else None, out, parent, model, device, processes, reporter
     )
     compiles = parallel.compiles(config.train, processes, device)
     with only_writer(out, processes, begun=begun):
         folder = processes.from_first(newest_state(out) if processes.first and begun else None)
         if processes.first and folder is None:
-            write_start(out, asked, config, corpus, parent)
+            first, info = (model, {}) if parent is None else (parent.model, parent.info)
+            write_start(out, asked, config, corpus, first, info)
         announce(config, out)
         with (
             stop_requests() as stop_signal,
@@ -227,7 +231,7 @@ def write_line(run: Run, lr: float) -> None:
     counters = run.counters
     means = run.log.means()
     characters = run.corpus.num_characters("train") / run.corpus.num_tokens("train")
-    bpc = bits(means["nats_per_token"]) / characters
+    bpc = bits(means["nats_per_token"]) / characters if characters else math.inf
     record: Record = {"split": "train", **counters.place(), **means, "bpc": bpc, "lr": lr}
     if run.device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tarflowlm.data.sources import HUB, split_field
 from tarflowlm.errors import UserError, counted
-from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.evaluation.likelihood import in_bits, sign_of
 from tarflowlm.generation.texts import write_texts
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.requests import Writing
@@ -162,6 +162,6 @@ def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterato
         if test["windows"] > 1:
             nats += f" (standard error {test['stderr']:.4f})"
         windows = f"{counted(test['windows'], 'window')} of the test split ({test['bound']})"
-        result = f"{sign} {test['bpc']:.4f} bits per character, {sign} {nats}, over {windows}"
+        result = f"{in_bits(test['bound'], test)}, {sign} {nats}, over {windows}"
     yield "test", result
     yield "licence of the weights", licence or "not stated by its owner"

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,9 @@ def write_report(
         if slug(record) in records:
             what = f"two runs have the same name {record.name!r}"
             raise UserError(f"{what}: give each run once, or rename one of the directories")
+        if np.isnan(record.train["bpc"]).any():
+            what = f"{record.name} has no bits per character, as its tokenizer loses some of a text"
+            raise UserError(f"{what}: `tarflowlm eval {directory}` has its bits per token")
         records[slug(record)] = record
     if out is None:
         # a model of the package or the hub lies elsewhere than its name says

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer as OurTokenizer
-from tarflowlm.data.tokenizer import SEPARATOR, Document
+from tarflowlm.data.library import SEPARATOR
+from tarflowlm.data.tokenizer import Document
 from tarflowlm.errors import UserError, command
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.conditioner import Conditioner

@@ -21,7 +21,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.tokenizer import BYTE_SYMBOLS, SEPARATOR, Document
+from tarflowlm.data.library import BYTE_SYMBOLS, SEPARATOR
+from tarflowlm.data.tokenizer import Document
 from tarflowlm.errors import UserError
 from tarflowlm.files import write_json
 from tarflowlm.flow.conditioner import Conditioner
