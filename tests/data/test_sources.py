@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from helpers import prepared
+from helpers import prepared, suited_to
 from tarflowlm.data import (
     TEXT8_ALPHABET,
     DataConfig,
@@ -77,7 +77,7 @@ def test_lines_without_a_text(tmp_path):
         # texts, but of no field of the line
         ('{"meta": {"title": "Once"}, "n": 3}', "mend it"),
         ('["body", "Once"]', "mend it"),
-        ('{"text": 3, "body": "Once"}', "mend it"),
+        ('{"text": 3, "body": "Once"}', "#body"),
         ('{"body": "Once"', "mend it"),
     ],
 )
@@ -93,6 +93,21 @@ def test_a_folder_of_texts_and_tables_is_no_text(tmp_path):
         (tmp_path / name).write_text("a", encoding="utf-8")
     with pytest.raises(UserError, match=r"parquet files beside texts: .*#\.txt"):
         resolve_source(DataConfig(source=str(tmp_path)))
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("a.md", "b.md", ".hidden.md", "notes.txt"):
+        (tmp_path / name).write_text("Once upon a time.\n" * 20, encoding="utf-8")
+    suited_to(tmp_path, TokenizerConfig(normalize="auto"))
+    assert f"not read: 2 .md files of {tmp_path}; {tmp_path}#.md reads those" in caplog.text
+    caplog.clear()
+    suited_to(f"{tmp_path}#.md", TokenizerConfig(normalize="auto"))
+    assert "not read:" not in caplog.text
+    # where nothing is left, the suffix is the remedy
+    (tmp_path / "notes.txt").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"leaves nothing of .*: name the suffix .*#\.md$"):
+        prepared(tmp_path, CHARS)
 
 
 def test_a_folder_of_other_texts_is_read_by_their_suffix(tmp_path):

@@ -10,10 +10,11 @@ from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.corpus import is_prepared, open_corpus
 from tarflowlm.data.library import CharTokenizer
 from tarflowlm.data.normalize import is_wrapped
-from tarflowlm.data.reading import BLOCK
+from tarflowlm.data.reading import BLOCK, FIELD
 from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
 from tarflowlm.data.text_files import TextFiles
 from tarflowlm.data.tokenizer import Tokenizer
+from tarflowlm.errors import counted
 from tarflowlm.schema import from_dict
 
 STRANGE_SHARE = 0.01
@@ -61,6 +62,7 @@ def infer_tokenizer(text: DataConfig) -> DataConfig:
         }
         found_as = symbols.get(wanted.kind, f"those of your tokenizer {wanted.kind}")
         log.info("%s is read unchanged; its symbols are %s", source, found_as)
+    _tell_if_skipped(text)
     beginning = _beginning(text)
     if wanted.normalization == "text8":
         _tell_losses(source, beginning, "data.tokenizer.normalize none")
@@ -94,6 +96,7 @@ def misfit(text: DataConfig, tokenizer: Tokenizer, *, for_training: bool = False
             what = f"{per_character:.1f} tokens of the model for a character of {source}"
             return f"{what}, since they were made for another language"
     if for_training:
+        _tell_if_skipped(text)
         _tell_if_wrapped(text, beginning)
     return None
 
@@ -107,6 +110,18 @@ def _tell_losses(source: str, beginning: str, keeping: str) -> None:
         share = marks.total() / len(text)
         lost = f"{share:.1%} of the characters become spaces, {most} first"
         log.info("%s is read as a-z and space: %s; %s keeps them", source, lost, keeping)
+
+
+def _tell_if_skipped(text: DataConfig) -> None:
+    """Which files of a folder are not read, and how they would be."""
+    if text.source in SOURCE_NAMES or is_prepared(text.source):
+        return
+    source = resolve_source(text)
+    if source.suffix or not isinstance(source, TextFiles):
+        return
+    for kind, count in source.skipped.most_common(1):
+        rest = f"not read: {counted(count, f'{kind} file')} of {source.path}"
+        log.info("%s; %s%s%s reads those alone", rest, source.path, FIELD, kind)
 
 
 def _tell_if_short(source: str, beginning: str) -> None:

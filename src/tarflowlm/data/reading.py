@@ -69,7 +69,7 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
             except (ValueError, LookupError, TypeError, RecursionError):
                 what = f"line {number} of {path} is not an object with a text under {field!r}"
                 names = []
-                if isinstance(entry, dict) and field not in entry:
+                if isinstance(entry, dict) and not isinstance(entry.get(field), str):
                     names = [name for name, value in entry.items() if isinstance(value, str)]
                 known = [f"{path.name}{FIELD}{name}" for name in names]
                 remedy = f"name the field that has one: {' or '.join(known[:4])}"

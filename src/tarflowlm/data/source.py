@@ -5,6 +5,7 @@ with its split, and `data.encode` makes tokens of those.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,11 @@ class Text(NamedTuple):
     """The hash of it draws the split."""
     split: Split | None = None
     """The split of a text that comes with one."""
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether a file, or a folder between it and this one, is hidden."""
+    return "." in {part[0] for part in file.relative_to(folder).parts}
 
 
 class Source(ABC):
@@ -54,11 +60,22 @@ class Source(ABC):
         if not (path := self.path).is_dir():
             return (path,) if path.is_file() else ()
         if self.suffix:
-            below = [file.relative_to(path) for file in path.rglob(f"*{self.suffix}")]
-            found = [path / file for file in below if "." not in {part[0] for part in file.parts}]
+            below = path.rglob(f"*{self.suffix}")
+            found = [file for file in below if not is_hidden(file, path)]
         else:
             found = [file for file in path.glob("[!.]*") if kind_of(file) in (".txt", ".jsonl")]
         return tuple(sorted(filter(Path.is_file, found)))
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """The suffixes of other files below its folder, which are not read; hidden ones are left
+        out.
+        """
+        if not self.path.is_dir():
+            return Counter()
+        read = set(self.files)
+        every = (file for file in self.path.rglob("?*.?*") if file.is_file() and file not in read)
+        return Counter(file.suffix for file in every if not is_hidden(file, self.path))
 
     def state(self) -> list[list[str | int]]:
         """Sizes and times that tell a changed text from this one."""

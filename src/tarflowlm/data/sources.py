@@ -1,7 +1,6 @@
 """From the name that a user gives to a source: a text by its name, a set of the hub, or a path."""
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,8 +75,7 @@ def _at_path(source: str, path: str, named: str) -> Source:
     if not found.files and not is_folder:
         raise UserError(f"{path} is no regular file: give a text file, or a folder of them")
     if not found.files:
-        others = Counter(file.suffix for file in Path(path).rglob("?*.?*") if file.is_file())
-        kind = next(iter(others.most_common(1)), (".py", 0))[0]
+        kind = next(iter(found.skipped.most_common(1)), (".py", 0))[0]
         kinds = f"{field} files" if by_suffix else ".txt, .jsonl or .parquet files"
         remedy = f"name the suffix of its texts, say {path}{FIELD}{kind}"
         raise UserError(f"the folder {path} holds no {kinds}: {remedy}")

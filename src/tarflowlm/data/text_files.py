@@ -62,7 +62,10 @@ class TextFiles(Source):
             total += size
         if not total:
             what = f"{self.normalization} normalisation leaves nothing of {self.name}"
-            raise UserError(f"{what}: give a text with more, or another normalisation")
+            remedy = "give a text with more, or another normalisation"
+            for kind, _ in self.skipped.most_common(1):
+                remedy = f"name the suffix of its texts, say {self.path}{FIELD}{kind}"
+            raise UserError(f"{what}: {remedy}")
         return total, places
 
     @property
