@@ -400,8 +400,23 @@ def _beginning_with(model: LanguageModel, run: RunConfig, values: dict[str, obje
     )
 
 
-def resume(out: str | Path, *, device: str = "auto") -> Pretrained[LanguageModel]:
-    """Continue the run in `out`, or load it if it is finished."""
+def resume(
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    device: str = "auto",
+) -> Pretrained[LanguageModel]:
+    """Continue the run in `out`, or load it if it is finished.
+
+    With `steps` or `minutes`, so many in all, it is made longer first, from before its learning
+    rate fell.
+    """
+    from tarflowlm.training.extend import extend
+
+    check_path(out, "out", "give the directory of a run")
+    with system_errors():
+        extend(Path(out), steps=steps, minutes=minutes)
     return _trained(None, out, device)
 
 

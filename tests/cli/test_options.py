@@ -40,7 +40,7 @@ OPTIONS = {
 }
 """Names of the fields of `Args`: words without dashes, options, and configurations."""
 TUNING = "data device from json lr minutes out seed steps unwrap"
-RESUMING = "device json resume"
+RESUMING = "device json minutes resume steps"
 
 
 def names_of(args: type) -> set[str]:

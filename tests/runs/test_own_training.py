@@ -241,7 +241,9 @@ def test_training_begins_with_a_model_of_ones_own(tmp_path, corpus_file):
     changed = [name for name in before if not torch.equal(trained[name], before[name])]
     assert any("transformer" in name for name in changed)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    # the same call knows what it began with
+    # the same call, and a resumed run, know what it began with
     assert tarflowlm.train("mini-mixd", folder, **given, **options).info["step"] == "3"
+    longer = tarflowlm.resume(folder, steps=5, device="cpu")
+    assert torch.equal(longer.model.codebook.mean, before["codebook.mean"])
     with pytest.raises(UserError, match=r"model.context with a model: .* leave that out"):
         tarflowlm.train("mini-mixd", folder, **given, **{"model.context": 8})

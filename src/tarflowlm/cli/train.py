@@ -15,12 +15,12 @@ from tarflowlm.errors import UserError
 from tarflowlm.model_config import BlockConfig
 from tarflowlm.options import Integer, Normalize, Number, Seeded, arg, flag
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
-from tarflowlm.schema import from_dict
+from tarflowlm.schema import Positive, from_dict
 from tarflowlm.terminal.bars import Bars, print_result, print_table, suggest
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
-tarflowlm train --resume DIR"""
+tarflowlm train --resume DIR [--steps N or --minutes M, to go on]"""
 
 SHORT = {
     "data": "data.source",
@@ -73,10 +73,14 @@ class TuneArgs(Training, Seeded):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeArgs(Json, OnDevice):
-    """Continue a stopped run."""
+    """Continue a stopped run; or one that is to be longer, from before its learning rate fell."""
 
     resume: Annotated[Path, arg("DIR")]
     """Run directory to continue."""
+    steps: Integer = None
+    """Optimiser steps in all, more than the run has had."""
+    minutes: Annotated[Positive | None, arg("FLOAT")] = None
+    """Time of the whole run, more than it has had, instead."""
 
 
 def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
@@ -148,6 +152,7 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.processes import launched
     from tarflowlm.runs.checkpoint import import_words
     from tarflowlm.training.configure import tuning
+    from tarflowlm.training.extend import extend
     from tarflowlm.training.train import train
 
     out = args.resume if isinstance(args, ResumeArgs) else args.out
@@ -170,6 +175,9 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
                 lr=args.lr,
                 unwrap=args.unwrap,
             )
+        if isinstance(args, ResumeArgs) and processes.first:
+            extend(out, steps=args.steps, minutes=args.minutes)
+        processes.from_first(None)
         summary = train(
             config,
             out,

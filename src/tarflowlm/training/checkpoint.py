@@ -33,7 +33,10 @@ from tarflowlm.training.parallel import whole_weights
 from tarflowlm.training.run import Run
 
 KEPT = 2
-"""Number of training states that are kept: the newest one, and one more in case it is damaged."""
+"""Number of training states that are kept: the newest one, and one more in case it is damaged.
+
+The newest one from before the rate fell is kept, too (`training.extend`).
+"""
 
 logger = logging.getLogger("tarflowlm")
 
@@ -47,6 +50,8 @@ def save(run: Run) -> None:
     counters.total = seconds(run)
     weights = finite_weights(run)
     counters.saved_step = counters.step
+    if run.has_full_rate:
+        counters.flat_step = counters.step
     saved = {
         "config": to_dict(run.config),
         "counters": asdict(counters),
@@ -160,7 +165,10 @@ def write_state(
         raise
     if run.processes.first:
         # renamed first, so that no partial state is ever visible
+        flat = f"step-{saved['counters']['flat_step']:08d}"
         for old in sorted(root.glob("step-*"))[:-KEPT]:
+            if old.name == flat:
+                continue
             shutil.rmtree(old.rename(root / f".{old.name}"))
         write_weights(run.out / WEIGHTS, *weights)
 

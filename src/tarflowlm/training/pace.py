@@ -97,9 +97,14 @@ def find_due(run: Run) -> Due:
     stop = run.stop_requested() if counters.step % every == 0 else None
     evaluates = counters.stage_is_over or counters.step % train.evaluate_every == 0
     counters.evaluation_is_due = evaluates
+    # a run is extended from the last step with the full rate
+    is_last = counters.stage == run.config.num_stages - 1
+    next_share = counters.share + 1 / counters.expected_steps
+    falls = run.has_full_rate and next_share > 1 - run.config.optim.decay
     return Due(
         log=evaluates or counters.step % train.log_every == 0,
         save=evaluates
+        or (is_last and falls)
         or counters.step % train.checkpoint_every == 0
         or (train.minutes > 0 and seconds(run) - counters.total > 60.0),
         stop=stop,

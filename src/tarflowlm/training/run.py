@@ -23,6 +23,7 @@ class Counters:
     step: int = 0  # optimiser steps of all stages
     tokens: int = 0  # of all steps, over all processes
     saved_step: int = -1  # of the newest checkpoint
+    flat_step: int = -1  # of the newest one from before the rate fell, by which a run is extended
 
     # the current stage
     stage: int = 0  # from 0
@@ -104,6 +105,11 @@ class Run:
     def is_sharded(self) -> bool:
         """Whether FSDP2 divides the trained parameters among the processes."""
         return self.processes.shards(self.config.train)
+
+    @property
+    def has_full_rate(self) -> bool:
+        """Whether the rate has not begun to fall."""
+        return self.counters.share <= 1 - self.config.optim.decay
 
     @property
     def stage_name(self) -> str:
