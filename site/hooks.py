@@ -40,7 +40,7 @@ API = {
     "configuration": (
         "Configuration",
         """
-        preset RunConfig FlowConfig BaselineConfig coupling layer
+        preset RunConfig FlowConfig BaselineConfig coupling layer tokenizer optimizer schedule
         model_config.LanguageModelConfig
         model_config.BlockConfig model_config.Affine model_config.TokenAffine model_config.Mix1
         model_config.MixD model_config.TransformerConfig
@@ -54,7 +54,8 @@ API = {
         flow.numerics.mixture_log_density flow.numerics.mixture.rosenblatt
         flow.numerics.rosenblatt_inverse flow.numerics.mixture_log_prob
         flow.numerics.log_standard_normal flow.numerics.standard_normal_log_prob
-        flow.stack.Prior flow.stack.FlowBlock flow.order.Order flow.codebook.Codebook
+        flow.vectors.VectorFlow flow.stack.Prior flow.stack.FlowBlock flow.order.Order
+        flow.codebook.Codebook
         flow.couplings.Coupling flow.channelwise.ChannelCoupling flow.channelwise.AffineCoupling
         flow.channelwise.Mix1Coupling flow.mixd.MixDCoupling flow.heads.HeadShape
         flow.heads.AutoregressiveHead flow.transformer.Layer

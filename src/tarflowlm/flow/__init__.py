@@ -10,9 +10,50 @@ per token, C = P d, D width, K components, G groups of C / G channels.
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from tarflowlm.errors import guess
+
+if TYPE_CHECKING:
+    from tarflowlm.flow.channelwise import AffineCoupling as AffineCoupling
+    from tarflowlm.flow.channelwise import ChannelCoupling as ChannelCoupling
+    from tarflowlm.flow.channelwise import Mix1Coupling as Mix1Coupling
+    from tarflowlm.flow.couplings import Coupling as Coupling
+    from tarflowlm.flow.heads import AutoregressiveHead as AutoregressiveHead
+    from tarflowlm.flow.heads import HeadShape as HeadShape
+    from tarflowlm.flow.order import Order as Order
+    from tarflowlm.flow.stack import FlowBlock as FlowBlock
+    from tarflowlm.flow.stack import Prior as Prior
+    from tarflowlm.flow.transformer import Layer as Layer
+    from tarflowlm.flow.vectors import VectorFlow as VectorFlow
+
+PUBLIC = {
+    "AffineCoupling": "channelwise",
+    "ChannelCoupling": "channelwise",
+    "Mix1Coupling": "channelwise",
+    "Coupling": "couplings",
+    "AutoregressiveHead": "heads",
+    "HeadShape": "heads",
+    "Order": "order",
+    "FlowBlock": "stack",
+    "Prior": "stack",
+    "Layer": "transformer",
+    "VectorFlow": "vectors",
+}
+"""The names of docs/flow.md by their files, which import this one."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC:
+        nearest = f"; {guess(name, PUBLIC)}".rstrip("; ")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest}")
+    value: object = getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    globals()[name] = value  # so that later uses skip this function
+    return value
 
 
 def widen(x: Tensor) -> Tensor:
