@@ -46,7 +46,23 @@ def __getattr__(name: str) -> object:
         return value
     if not name.startswith("_") and _util.find_spec(f"{__name__}.{name}") is not None:
         return _importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_nearest(name)}")
+
+
+_PLACES = ("model_config", "config", "requests", "data", "flow")
+"""The modules that have what is used beside the public names."""
+
+
+def _nearest(name: str) -> str:
+    """Where an attribute is that this module does not have, or the public name most like it."""
+    if name.startswith("_"):
+        return ""
+    for place in _PLACES:
+        found = _importlib.import_module(f"{__name__}.{place}")
+        if hasattr(found, name):
+            return f": it is in {found.__name__}"
+    guess = _importlib.import_module(f"{__name__}.errors").guess(name, _MODULES)
+    return f"; {guess}".rstrip("; ")
 
 
 def __dir__() -> list[str]:

@@ -31,6 +31,13 @@ def guess(value: str, known: Iterable[str]) -> str:
     return f"did you mean {names[close[0]]}? " if close else ""
 
 
+def no_attribute(owner: str, name: str, known: Iterable[str]) -> AttributeError:
+    """The error for an attribute that is not among the `known`, which it lists."""
+    names = sorted(one for one in known if not one.startswith("_"))
+    what = f"{owner} has no attribute {name!r}"
+    return AttributeError(f"{what}: {guess(name, names)}it has {', '.join(names)}")
+
+
 def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among the `known`."""
     known = list(known)

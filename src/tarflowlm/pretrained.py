@@ -28,7 +28,7 @@ from tarflowlm.data.prompts import read
 from tarflowlm.data.tokenizer import check_own
 from tarflowlm.device import pick_device
 from tarflowlm.editing.edits import edit
-from tarflowlm.errors import UserError, system_errors
+from tarflowlm.errors import UserError, no_attribute, system_errors
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, score_texts
 from tarflowlm.generation.texts import Samples, write_texts
@@ -115,6 +115,11 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
             run, info = _own_run(model, tokenizer), {"blocks": str(model.num_blocks)}
         check_type(run, "run", RunConfig, "leave it out")
         super().__init__(model, tokenizer, run, info or {}, directory)
+
+    def __getattr__(self, name: str) -> Any:
+        """AttributeError with the attribute that was meant."""
+        own = {*vars(type(self)), *vars(Checkpoint)} if not name.startswith("_") else set()
+        raise no_attribute(type(self).__name__, name, own)
 
     @property
     def config(self) -> LanguageModelConfig:
