@@ -64,7 +64,7 @@ def real(num: int) -> list[Story]:
 def written(name: str, num: int, seed: int) -> Iterator[Story]:
     """Stories of a model."""
     lm = tarflowlm.load(name)
-    request = Writing(num=num, num_tokens=LONGEST, seed=seed)
+    request = Writing(num=num, length=LONGEST, seed=seed)
     for batch in Samples(request, lm).batches():
         for text, stream in zip(batch.texts, batch.streams, strict=True):
             yield Story(text, stream.has_ended)

@@ -43,9 +43,7 @@ def written(
     lm: Checkpoint, num_tokens: int | None, temperature: float | None, top_p: float | None = None
 ) -> Iterator[Written]:
     """The batches of SAMPLES texts without a prompt."""
-    request = Writing(
-        num=SAMPLES, num_tokens=num_tokens, temperature=temperature, top_p=top_p, seed=0
-    )
+    request = Writing(num=SAMPLES, length=num_tokens, temperature=temperature, top_p=top_p, seed=0)
     return Samples(request, lm).batches()
 
 

@@ -42,13 +42,13 @@ MODELS = {
 }
 Use = Callable[[Pretrained], Any]
 USES: dict[str, Use] = {
-    "write": lambda lm: lm.write("a c", num_tokens=8, num=3, seed=1),
-    "stop": lambda lm: lm.write(num_tokens=8, num=4, stop=("e", "a"), seed=2),
-    "stream": lambda lm: "".join(lm.stream("a c", num_tokens=8)),
+    "write": lambda lm: lm.write("a c", length=8, num=3, seed=1),
+    "stop": lambda lm: lm.write(length=8, num=4, stop=("e", "a"), seed=2),
+    "stream": lambda lm: "".join(lm.stream("a c", length=8)),
     "fill": lambda lm: lm.fill("a ___ b", particles=2, seed=1),
     "gap": lambda lm: lm.fill("a c[...3] b", particles=2, seed=1),
-    "contains": lambda lm: lm.write(num_tokens=8, contains="b", particles=3),
-    "without": lambda lm: lm.write("a", num_tokens=6, without="e", particles=2),
+    "contains": lambda lm: lm.write(length=8, contains="b", particles=3),
+    "without": lambda lm: lm.write("a", length=6, without="e", particles=2),
     "score": lambda lm: lm.score(TEXT, samples=2).bits,
     "bound": lambda lm: importance_weighted_bound(
         lm.model,
@@ -140,7 +140,7 @@ def test_particles_take_memory_as_texts_do():
     with pretend("cuda", memory=2**25):
         lm = Pretrained(MODELS["baseline"]().float(), TEXT8).to("cuda")
         one, four = (
-            Samples(Writing(prompt="a c", num_tokens=8, num=10_000, particles=particles), lm)
+            Samples(Writing(prompt="a c", length=8, num=10_000, particles=particles), lm)
             for particles in (1, 4)
         )
         assert 1 < len(one.own[0]) // 4 == len(four.own[0])
@@ -155,7 +155,7 @@ class OfTwo(Processes):
 
 def test_processes_write_batches_that_fit_into_the_least_memory():
     lm = Pretrained(MODELS["baseline"]().float(), TEXT8)
-    samples = Samples(Writing(num_tokens=8, num=12), lm, processes=OfTwo(rank=0, world=2))
+    samples = Samples(Writing(length=8, num=12), lm, processes=OfTwo(rank=0, world=2))
     assert samples.own == [range(3), range(6, 9)]
 
 
@@ -171,15 +171,15 @@ def test_a_batch_without_memory_is_halved_and_counted_once(monkeypatch):
     with pretend("cuda") as gpu:
         lm = Pretrained(MODELS["baseline"]().float(), TEXT8).to("cuda")
         with gpu.counting():
-            expected = lm.write(num_tokens=16, num=12)
+            expected = lm.write(length=16, num=12)
         room = gpu.memory - gpu.alive
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, gpu.memory))
         gpu.memory = gpu.alive + 3 * (gpu.peak - gpu.alive) // 4
-        assert write_texts(Writing(num_tokens=16, num=12), lm, progress) == expected
+        assert write_texts(Writing(length=16, num=12), lm, progress) == expected
         assert progress.count == 16 * 12
         gpu.memory = gpu.alive
         with pytest.raises(UserError, match="out of memory"):
-            lm.write(num_tokens=16, num=12)
+            lm.write(length=16, num=12)
 
 
 def test_the_studio_s_views_answer(tmp_path):

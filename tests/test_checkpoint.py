@@ -279,11 +279,11 @@ def test_missing_directory_is_refused(tmp_path):
 
 def test_a_loaded_model_and_its_texts_do_not_depend_on_the_default_type():
     lm = tarflowlm.load("english-mini")
-    text = lm.write("the", num_tokens=12, seed=5)
+    text = lm.write("the", length=12, seed=5)
     try:
         torch.set_default_dtype(torch.float64)
-        assert lm.write("the", num_tokens=12, seed=5) == text
-        assert tarflowlm.load("english-mini").write("the", num_tokens=12, seed=5) == text
+        assert lm.write("the", length=12, seed=5) == text
+        assert tarflowlm.load("english-mini").write("the", length=12, seed=5) == text
     finally:
         torch.set_default_dtype(torch.float32)
 

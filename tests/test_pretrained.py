@@ -32,11 +32,11 @@ def test_unpacks_to_model_and_tokenizer(loaded):
 
 
 def test_write(loaded):
-    text = loaded.write("The King", num_tokens=12, seed=3)
+    text = loaded.write("The King", length=12, seed=3)
     assert len(text) == 12
     assert text.startswith("the king")
-    assert text == loaded.write("the king", num_tokens=12, seed=3)
-    several = loaded.write("the king", num_tokens=12, seed=3, num=2, temperature=0.7)
+    assert text == loaded.write("the king", length=12, seed=3)
+    several = loaded.write("the king", length=12, seed=3, num=2, temperature=0.7)
     assert len(several) == 2
     assert len(set(several)) == 2
     prompt = loaded.encode("the king")
@@ -48,14 +48,14 @@ def test_write(loaded):
 
 def test_the_usual_top_p_is_of_texts_without_blanks_at_the_usual_temperature(loaded):
     lm = replace(loaded, run=replace(loaded.run, temperature=0.9, top_p=0.5))
-    write = partial(lm.write, num_tokens=24, num=2, seed=3)
+    write = partial(lm.write, length=24, num=2, seed=3)
     assert write() == write(temperature=0.9, top_p=0.5)
     assert write(top_p=0.8) == write(temperature=0.9, top_p=0.8)
     assert write(temperature=0.9) == loaded.write(
-        num_tokens=24, num=2, seed=3, temperature=0.9, top_p=1.0
+        length=24, num=2, seed=3, temperature=0.9, top_p=1.0
     )
     assert write() != write(temperature=0.9)
-    for options in ({"template": "the [...] of"}, {"contains": "king", "num_tokens": 12}):
+    for options in ({"template": "the [...] of"}, {"contains": "king", "length": 12}):
         assert lm.write(**options) == lm.write(**options, temperature=0.9)
 
 
@@ -63,9 +63,9 @@ def test_every_call_refuses_weights_that_are_not_finite(tmp_path):
     lm = tarflowlm.Pretrained(tiny_flow(vocab_size=27, context=16).float(), TEXT8)
     torch.nn.init.constant_(lm.model.prior.block(0).transformer.layers[0].down.weight, torch.nan)
     calls = [
-        lambda: lm.write("the", num_tokens=8),
+        lambda: lm.write("the", length=8),
         lambda: lm.fill("the _ of"),
-        lambda: list(lm.stream("the", num_tokens=8)),
+        lambda: list(lm.stream("the", length=8)),
         lambda: lm.edit("the king"),
         lambda: lm.score("the king"),
         lambda: lm.evaluate("the king\n"),
@@ -106,7 +106,7 @@ def test_write_fills_blanks(loaded):
 
 @pytest.mark.slow
 def test_fill_edit_and_stream(loaded):
-    options = {"num_tokens": 24, "seed": 3}
+    options = {"length": 24, "seed": 3}
     whole, pieces = loaded.write("The king", **options), list(loaded.stream("The king", **options))
     assert "".join(pieces) == whole
     assert "".join(loaded.stream("The king", stop=whole[12:14], **options)) == whole[:12]
@@ -154,14 +154,14 @@ def test_a_model_of_one_s_own_loop_is_used_everywhere(run_json, tmp_path, build,
     lm = tarflowlm.Pretrained(model, tokenizer)
     assert model.training
     assert lm.to("cpu").device == torch.device("cpu")
-    text = lm.write("the ", num_tokens=12, seed=1, temperature=1.0)
+    text = lm.write("the ", length=12, seed=1, temperature=1.0)
     folder = lm.save_pretrained(tmp_path / "own")
     with pytest.raises(UserError, match="overwrite=True"):
         lm.save_pretrained(folder)
     assert lm.save_pretrained(folder, overwrite=True) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
     again = tarflowlm.load(folder)
-    assert again.write("the ", num_tokens=12, seed=1) == text
+    assert again.write("the ", length=12, seed=1) == text
     argv = ["sample", folder, "--prompt", "the ", "--length", 12, "--seed", 1]
     assert run_json(*argv)["samples"][0]["text"] == text
     assert run_json("score", folder, "--text", text)["bits"] == lm.score(text).total
@@ -183,7 +183,7 @@ def test_a_model_of_one_s_own_loop_is_used_everywhere(run_json, tmp_path, build,
 @pytest.mark.parametrize("options", [{}, {"num": 2}, {"stop": "e"}])
 def test_a_list_of_prompts_gives_the_texts_of_each(loaded, options):
     prompts = ["The king", "a ", "Once upon a time"]
-    how = {"num_tokens": 18, "seed": 2} | options
+    how = {"length": 18, "seed": 2} | options
     texts = loaded.write(prompts, **how)
     assert len(texts) == 3 * options.get("num", 1)
     assert texts[: len(texts) // 3] == as_list(loaded.write(prompts[0], **how))
@@ -212,11 +212,7 @@ def test_training_in_a_line_returns_the_model(tmp_path, corpus_file):
     lm = tarflowlm.train("mini-ar", out, **options)
     assert (lm.config.layers, lm.run.train.num_steps) == (1, 3)
     again, resumed = tarflowlm.train("mini-ar", str(out), **options), tarflowlm.resume(out)
-    assert (
-        lm.write("a", num_tokens=8)
-        == again.write("a", num_tokens=8)
-        == resumed.write("a", num_tokens=8)
-    )
+    assert lm.write("a", length=8) == again.write("a", length=8) == resumed.write("a", length=8)
     tuned = lm.tune(corpus_file, tmp_path / "tuned", steps=2)
     assert tuned.run.parent.startswith("run@")
 
@@ -227,9 +223,9 @@ def test_spaces_belong_to_the_token_after_them():
     small = tarflowlm.load("english-small")
     apart, joined = (small.fill(text) for text in ("The _ of the _ tree", "The_ of the_ tree"))
     assert apart == joined
-    assert small.write("The king", num_tokens=6, seed=7).startswith("The king,")
-    assert small.write("The king ", num_tokens=6, seed=7).startswith("The king ")
-    assert small.write(" ", num_tokens=2).startswith(" ")
+    assert small.write("The king", length=6, seed=7).startswith("The king,")
+    assert small.write("The king ", length=6, seed=7).startswith("The king ")
+    assert small.write(" ", length=2).startswith(" ")
 
 
 @pytest.mark.parametrize("build", [tiny_flow, tiny_ar])
@@ -251,20 +247,20 @@ def test_a_typed_space_is_kept_and_a_longer_text_begins_alike(build):
         assert mixed[1].startswith(start)
         assert mixed[2].startswith(f"a story of {start}")
     for options in ({"without": "z"}, {"contains": "king"}, {"particles": 2}):
-        text = lm.write(start, num_tokens=12, seed=1, **options)
+        text = lm.write(start, length=12, seed=1, **options)
         assert text.startswith(start)
-    both = lm.write(["the cat", "the cat and "], contains="cat", num_tokens=8, num=5, seed=3)
+    both = lm.write(["the cat", "the cat and "], contains="cat", length=8, num=5, seed=3)
     assert all(text.startswith("the cat and ") for text in both[5:])
     assert lm.write(start, stop=" ", max_new_tokens=3).startswith(start)
     # the evidence counts it, and a stop does not take that away
     weighed, plain = (
-        next(Samples(Writing(prompt=text, particles=4, num_tokens=12, stop=" "), lm).batches())
+        next(Samples(Writing(prompt=text, particles=4, length=12, stop=" "), lm).batches())
         for text in (start, start.rstrip())
     )
     found = [one.generation.evidence.log_evidence.item() for one in (weighed, plain)]
     assert found[0] < found[1] - 0.3
     # beyond a window
-    assert lm.write(start * 4, num_tokens=24, seed=1).startswith(start * 4)
+    assert lm.write(start * 4, length=24, seed=1).startswith(start * 4)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +278,7 @@ def test_a_typed_space_that_no_drawn_token_can_take_is_a_token_of_the_prompt(mod
     tokenizer = load_tokenizer(FOLDER / "english-small")
     flow = tiny_flow(vocab_size=tokenizer.vocab_size, context=16, log_std=-6.0, **model).float()
     lm = tarflowlm.Pretrained(flow, tokenizer)
-    texts = lm.write("the old cat ", num=9, num_tokens=12, seed=1, **options)
+    texts = lm.write("the old cat ", num=9, length=12, seed=1, **options)
     assert [text.startswith("the old cat ") for text in texts] == [True] * 9
     if {"contains", "without"} & set(options):  # a weighed token takes it
         assert not any(text.startswith("the old cat  ") for text in texts)
@@ -359,4 +355,4 @@ def test_own_text_in_other_letters_is_kept(tmp_path):
             "mini-ar", tmp_path / "run", data=tmp_path / "de.txt", steps=2, **small
         )
     assert lm.tokenizer.kind == "char"
-    assert lm.write("Die Mü", num_tokens=12).startswith("Die Mü")
+    assert lm.write("Die Mü", length=12).startswith("Die Mü")

@@ -31,17 +31,17 @@ def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
 
 
 def test_a_stream_stops_where_its_stop_is_read(flow):
-    whole = flow.write("The King", num_tokens=26, seed=3)
+    whole = flow.write("The King", length=26, seed=3)
     stop = whole[20:24]
-    shown = "".join(flow.stream("The King", num_tokens=26, seed=3, stop=stop.upper()))
+    shown = "".join(flow.stream("The King", length=26, seed=3, stop=stop.upper()))
     assert shown == whole[: whole.index(stop, 8)]
-    assert flow.write("The King", num_tokens=26, seed=3, stop=stop.upper()) == shown
+    assert flow.write("The King", length=26, seed=3, stop=stop.upper()) == shown
 
 
 def test_a_stop_and_words_that_are_read_differently_are_named(flow):
-    samples = Samples(Writing("at", contains="Café", num_tokens=20), flow)
+    samples = Samples(Writing("at", contains="Café", length=20), flow)
     assert samples.notices == ["contains read as: caf"]
-    samples = Samples(Writing("At", stop=("at", "Once"), num_tokens=20), flow)
+    samples = Samples(Writing("At", stop=("at", "Once"), length=20), flow)
     assert samples.notices == ["read as: at", "stop read as: once"]
 
 
@@ -54,7 +54,7 @@ def test_the_command_of_a_text_that_looks_like_an_option():
 def test_an_array_is_a_mask_of_a_request(flow):
     mask = torch.ones(27, dtype=torch.bool)
     mask[5] = False
-    options = {"num_tokens": 12, "particles": 4, "seed": 1}
+    options = {"length": 12, "particles": 4, "seed": 1}
     assert Writing(allowed=mask.numpy()).given() == {"allowed"}
     assert flow.write("The", allowed=mask.numpy(), **options) == flow.write(
         "The", allowed=mask, **options
@@ -62,7 +62,7 @@ def test_an_array_is_a_mask_of_a_request(flow):
 
 
 PARSED = {
-    "one of a list": Writing(prompt=("a b",), num_tokens=8),
+    "one of a list": Writing(prompt=("a b",), length=8),
     "several stops": Writing(prompt="a", stop=("b c", "-d"), stop_at_end=False),
     "dashes": Writing(template="- _", blank="_", temperature=0.5),
     "replace": Edit(text="a b", replace=("a", "b c")),
@@ -118,8 +118,8 @@ def test_a_prompt_is_continued_alike_beside_prompts_of_other_lengths():
         couplings=("mixd", "mixd"), alternate=False, vocab_size=27, context=16, channel_mix=None
     )
     lm = tarflowlm.Pretrained(model.float(), CharTokenizer(TEXT8_ALPHABET))
-    both = lm.write(["the", "the king"], num_tokens=14, seed=1)
-    assert both[0] == lm.write("the", num_tokens=14, seed=1)
+    both = lm.write(["the", "the king"], length=14, seed=1)
+    assert both[0] == lm.write("the", length=14, seed=1)
     given = torch.tensor([[1, 2, -1], [1, -1, -1]])
     with pytest.raises(UserError, match=r"1 to 2 tokens.*call it for each"):
         tarflowlm.generate(model, num_tokens=8, num=2, prompt=given)
@@ -135,22 +135,22 @@ def test_a_function_of_tokens_sees_those_of_the_text():
         lengths.append(len(tokens))
         return torch.arange(28) < 27
 
-    text = tarflowlm.Pretrained(model, tokenizer).write(num_tokens=5, allowed=allowed, particles=1)
+    text = tarflowlm.Pretrained(model, tokenizer).write(length=5, allowed=allowed, particles=1)
     assert (lengths, len(text)) == ([0, 1, 2, 3, 4], 5)
 
 
 CASES = {
     "prompt": (
-        Writing(prompt="The King", num_tokens=16, seed=3, num=2),
-        lambda lm: lm.write("The King", num_tokens=16, seed=3, num=2),
+        Writing(prompt="The King", length=16, seed=3, num=2),
+        lambda lm: lm.write("The King", length=16, seed=3, num=2),
     ),
     "template": (
         Writing(template="The _ of 2 Kings", temperature=0.8, particles=4),
         lambda lm: lm.fill("The _ of 2 Kings", temperature=0.8, particles=4),
     ),
     "stop": (
-        Writing(prompt="The King", num_tokens=60, stop=("TH",), seed=5),
-        lambda lm: lm.write("The King", num_tokens=60, stop="TH", seed=5),
+        Writing(prompt="The King", length=60, stop=("TH",), seed=5),
+        lambda lm: lm.write("The King", length=60, stop="TH", seed=5),
     ),
     "words": (Edit(text=TEXT, words=2, seed=4), lambda lm: lm.edit(TEXT, words=2, seed=4)),
     "rewrite": (

@@ -71,13 +71,13 @@ def test_samples_begin_and_end_as_documents_do(lm):
 @pytest.mark.slow
 def test_without_stopping_the_next_document_follows(lm):
     for length in (CONTEXT - 1, CONTEXT, 3 * CONTEXT):
-        request = Writing(num_tokens=length, stop_at_end=False, temperature=0.5)
+        request = Writing(length=length, stop_at_end=False, temperature=0.5)
         written = next(Samples(request, lm).batches())
         assert written.generation.tokens.shape == (1, length)
         (text,) = written.texts
         first, *others = text.split("\n\n")
         assert others
-        assert lm.write(num_tokens=length, temperature=0.5) == first
+        assert lm.write(length=length, temperature=0.5) == first
 
 
 class Counting(Progress):
@@ -95,7 +95,7 @@ def test_no_time_is_spent_behind_the_last_end(lm):
     counts = {}
     for stop_at_end in (True, False):
         progress = Counting()
-        request = Writing(num_tokens=200, stop_at_end=stop_at_end, temperature=0.5, num=3)
+        request = Writing(length=200, stop_at_end=stop_at_end, temperature=0.5, num=3)
         write_texts(request, lm, progress)
         counts[stop_at_end] = progress.done
     assert 3 * counts[True] < counts[False]

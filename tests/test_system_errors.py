@@ -44,7 +44,7 @@ def test_what_the_system_refuses_is_one_line(error, line):
 
 def test_particles_that_no_memory_holds(lm):
     with pytest.raises(UserError, match=r"out of memory: .* particles"):
-        lm.write("the", num_tokens=16, particles=2**50)
+        lm.write("the", length=16, particles=2**50)
 
 
 def test_a_run_that_cannot_be_built_leaves_nothing(tmp_path, corpus_file, monkeypatch):
@@ -89,7 +89,7 @@ CALLS = {
     "tarflowlm.TokenLM(None)": "config None .*: give a BaselineConfig",
     "tarflowlm.BaselineConfig(foo=1)": "model.foo: unknown key; known keys are context",
     "tarflowlm.BaselineConfig(layer=1)": "model.layer: unknown key; did you mean layers",
-    "lm.write('the', num_tokens=9, allowed=torch.zeros(27).bool())": "False for every token",
+    "lm.write('the', length=9, allowed=torch.zeros(27).bool())": "False for every token",
     "tarflowlm.evaluate(lm.model, torch.ones(1, 4).long(), torch.full((27,), -1))": "below 0",
     "tarflowlm.evaluate(lm.model, torch.ones(1, 4).long(), torch.full((27,), torch.nan))": "a NaN",
 }
@@ -109,15 +109,15 @@ def test_a_model_of_one_s_own_keeps_its_mode(mode, tmp_path):
     seen = []
     model.transformer.register_forward_hook(lambda module, *_: seen.append(module.training))
     lm = tarflowlm.Pretrained(model, TEXT8)
-    lm.write("the", num_tokens=8)
+    lm.write("the", length=8)
     lm.score("the king")
     lm.evaluate("the king\n")
     lm.fill("the _ing")
     lm.edit("the king", words=1)
     lm.save_pretrained(tmp_path / "own")
     with pytest.raises(UserError):
-        lm.write("the", num_tokens=-1)
+        lm.write("the", length=-1)
     assert not any(seen)
-    for _ in lm.stream("the", num_tokens=8):
+    for _ in lm.stream("the", length=8):
         assert [module.training for module in model.modules()] == before
     assert [module.training for module in model.modules()] == before

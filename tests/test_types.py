@@ -45,7 +45,7 @@ def test_a_model_that_is_known_by_its_path_alone_is_a_language_model() -> None:
 
 def test_options_have_names_and_types() -> None:
     lm = tarflowlm.load("english-mini")
-    text: str = lm.write("the", num_tokens=8, seed=1)
+    text: str = lm.write("the", length=8, seed=1)
     scored: Scores = lm.score(text)
     assert scored.total > 0
     known = inspect.signature(lm.write).parameters
@@ -56,8 +56,8 @@ def test_options_have_names_and_types() -> None:
         shown = str(inspect.signature(function))
         assert "**" not in shown
         assert "object at" not in shown
-    with pytest.raises(tarflowlm.UserError, match="did you mean num_tokens"):
-        lm.write("the", num_token=8)  # type: ignore[call-arg]
+    with pytest.raises(tarflowlm.UserError, match="did you mean length"):
+        lm.write("the", lenght=8)  # type: ignore[call-arg]
 
 
 def test_a_copy_is_a_pair_of_its_own_model() -> None:

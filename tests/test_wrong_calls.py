@@ -21,7 +21,7 @@ REFUSED = [
     ("generate(flow, num_tokens=8, prompt=torch.ones(1, 1, 2).long())", ["[1, 1, 2]", "[num, T]"]),
     ("generate(flow, num_tokens=8, prompt=torch.tensor([99]))", ["99", "26"]),
     ("generate(flow, num_tokens=10**12)", ["length 1000", "10,000,000"]),
-    ("lm.write(num_tokens=10**12)", ["length 1000", "10,000,000"]),
+    ("lm.write(length=10**12)", ["length 1000", "10,000,000"]),
     ("lm.write('a', temperature=1e-50)", ["temperature 1e-50", "top_k 1"]),
     (
         "generate(flow, num_tokens=8, prompt=tokens[:3, None], num=2)",
@@ -82,8 +82,8 @@ REFUSED = [
     ('lm.fill("a [...0] b")', ["[...0]", "at least 1"]),
     ("lm.fill(None)", ["template None", "text"]),
     ("lm.write(particles=4)", ["particles 4", "nothing is given", "leave them out"]),
-    ('lm.write("It\'s 1815", num_tokens=12)', ["read as: it s one eight one five", "12"]),
-    ('lm.write("a", num_token=5)', ["'num_token'", "did you mean num_tokens?"]),
+    ('lm.write("It\'s 1815", length=12)', ["read as: it s one eight one five", "12"]),
+    ('lm.write("a", lenght=5)', ["'lenght'", "did you mean length?"]),
     ('lm.edit("a", strenght=1)', ["'strenght'", "did you mean strength?"]),
     ('lm.write("a", allowed="abc")', ["allowed 'abc'", "[27]"]),
     ('lm.write("a", allowed=[1, 2])', ["allowed [1, 2]", "[27]"]),
@@ -151,23 +151,23 @@ REFUSED = [
 ]
 ACCEPTED = [
     "generate(lm, num_tokens=8).tokens.shape == (1, 8)",
-    "lm.write('the', num_tokens=np.int64(8), num=np.int32(1), temperature=np.float32(1.0),"
+    "lm.write('the', length=np.int64(8), num=np.int32(1), temperature=np.float32(1.0),"
     " seed=np.int64(3))"
-    " == lm.write('the', num_tokens=8, num=1, temperature=1, seed=3)",
-    "small.write('The', num_tokens=8, temperature=torch.tensor(0.5), top_k=np.int64(3),"
+    " == lm.write('the', length=8, num=1, temperature=1, seed=3)",
+    "small.write('The', length=8, temperature=torch.tensor(0.5), top_k=np.int64(3),"
     " seed=np.array(1))"
-    " == small.write('The', num_tokens=8, temperature=0.5, top_k=3, seed=1)",
-    "len(lm.write('the', num_tokens=8, temperature=1, top_p=1)) == 8",
-    "lm.write('the', max_new_tokens=5) == lm.write('the', num_tokens=8)",
+    " == small.write('The', length=8, temperature=0.5, top_k=3, seed=1)",
+    "len(lm.write('the', length=8, temperature=1, top_p=1)) == 8",
+    "lm.write('the', max_new_tokens=5) == lm.write('the', length=8)",
     "lm.write(['a', 'the'], max_new_tokens=5)[0] == lm.write('a', max_new_tokens=5)",
-    "lm.write(['the', 'cat'], max_new_tokens=5) == lm.write(['the', 'cat'], num_tokens=8)",
+    "lm.write(['the', 'cat'], max_new_tokens=5) == lm.write(['the', 'cat'], length=8)",
     "lm.write([]) == lm.score([]) == []",
-    "''.join(lm.stream('the', num_tokens=8)) == lm.write('the', num_tokens=8)",
+    "''.join(lm.stream('the', length=8)) == lm.write('the', length=8)",
     "len(generate(flow, num_tokens=8, particles=None).tokens) == 1",
     "lm.score('the', samples=np.int64(2), seed=np.int64(1)).total > 0",
     "evaluate(flow, tokens[None], one_each, samples=np.int64(2), seed=np.int64(1)).samples == 2",
     "tarflowlm.load('english-mini', device=torch.device('cpu')).device == torch.device('cpu')",
-    "lm.write('', num_tokens=8) == lm.write(num_tokens=8)",
+    "lm.write('', length=8) == lm.write(length=8)",
 ]
 CALLS = [*(call for call, _ in REFUSED), *ACCEPTED]
 SCRIPT = f"""

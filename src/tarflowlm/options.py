@@ -78,7 +78,7 @@ class Normalized(Checked):
     """Normalise the text first, whatever the model's training text was."""
 
 
-NAMES = {"num_tokens": "length", "stop_at_end": "no-stop"}
+NAMES = {"stop_at_end": "no-stop"}
 """Fields of requests whose options have other names. Messages use these names, too."""
 
 

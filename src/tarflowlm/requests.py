@@ -213,7 +213,7 @@ class Writing(Sampling, Draws):
     NAMES: ClassVar = options.NAMES
     EXCLUSIVE: ClassVar = {
         "template": ("prompt", "contains", "stop", "stop_at_end", "max_new_tokens"),
-        "max_new_tokens": ("num_tokens",),
+        "max_new_tokens": ("length",),
         "contains": ("stop",),
         "without": ("allowed",),
     }
@@ -238,7 +238,7 @@ class Writing(Sampling, Draws):
     """Whole words that must appear after the prompt, after a space, unless it has them."""
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The tokens that may be drawn, as `generate` takes them."""
-    num_tokens: Annotated[Length | None, arg("INT", name=options.NAMES["num_tokens"])] = None
+    length: Annotated[Length | None, arg("INT")] = None
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
     window slides: its last half is the next prompt.
     """
@@ -266,7 +266,7 @@ class Writing(Sampling, Draws):
     @property
     def may_end(self) -> bool:
         """Whether a text ends with its document: not within a template."""
-        goes_on = self.template is None or self.num_tokens is not None
+        goes_on = self.template is None or self.length is not None
         return goes_on and self.stop_at_end
 
 

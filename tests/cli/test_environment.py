@@ -64,7 +64,7 @@ print(left())
 @pytest.mark.parametrize(
     ("work", "is_kept"),
     [
-        ("tarflowlm.load('english-mini').write(num_tokens=8)", False),
+        ("tarflowlm.load('english-mini').write(length=8)", False),
         ("tarflowlm.load('english-mini').evaluate('the old king\\n')", False),
         ("main(['sample', 'english-mini', '--length', '8', '--json'])", True),
     ],

@@ -60,7 +60,7 @@ GIVEN = {
     "out": ["OUT"],
     "particles": ["2"],
     "stop": ["a"],
-    "num_tokens": ["3"],
+    "length": ["3"],
     "max_new_tokens": ["3"],
 }
 """Values of the options of `sample` that are no flags."""

@@ -146,9 +146,7 @@ def test_words_that_a_text_must_contain_are_whole(prompt, where):
     """Neither the start of a longer word, nor one of the prompt that goes on."""
     model = tiny_ar(context=6, **AR)
     lm = Pretrained(model, CharTokenizer(" ab", "none"))
-    request = Writing(
-        prompt=prompt, contains="a", num_tokens=6, num=300, particles=32, temperature=1.0
-    )
+    request = Writing(prompt=prompt, contains="a", length=6, num=300, particles=32, temperature=1.0)
     batches = list(Samples(request, lm).batches())
     evidence = torch.cat([one.generation.evidence.log_evidence.exp() for one in batches])
     drawn = [text for one in batches for text in one.texts]
@@ -171,11 +169,11 @@ def test_a_text_may_end_after_its_constraint_and_its_gaps():
         drawn = [text for one in batches for text in one.texts]
         return drawn, [length for one in batches for length in one.lengths]
 
-    drawn, lengths = found(Writing(contains="a", num_tokens=8, num=60, temperature=1.0))
+    drawn, lengths = found(Writing(contains="a", length=8, num=60, temperature=1.0))
     assert all("a" in text.split() for text in drawn)
     # the context of 8 also holds the end of the document before it
     assert {length < 7 for length in lengths} == {True, False}
-    drawn, lengths = found(Writing(template="a[...2]b", num_tokens=8, num=60, temperature=1.0))
+    drawn, lengths = found(Writing(template="a[...2]b", length=8, num=60, temperature=1.0))
     assert all(re.match(r"a.{1,2}b", text) for text in drawn)
     assert {length < 8 for length in lengths} == {True, False}
 
@@ -183,9 +181,9 @@ def test_a_text_may_end_after_its_constraint_and_its_gaps():
 def test_a_usual_temperature_is_of_models_that_draw_tokens():
     lm = Pretrained(tiny_flow(couplings=("mix1",), vocab_size=3), CharTokenizer(" ab", "none"))
     lm = replace(lm, run=replace(lm.run, temperature=0.8))
-    assert next(Samples(Writing(num_tokens=4), lm).batches()).texts
+    assert next(Samples(Writing(length=4), lm).batches()).texts
     with pytest.raises(UserError, match=r"temperature 0\.8: block 1 mix1 has no weights"):
-        Samples(Writing(num_tokens=4, temperature=0.8), lm)
+        Samples(Writing(length=4, temperature=0.8), lm)
 
 
 @pytest.mark.slow

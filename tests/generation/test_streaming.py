@@ -244,5 +244,5 @@ def test_whoever_stops_where_a_token_is_drawn_sees_six_frames(monkeypatch):
         return draw(*arguments, **options)
 
     monkeypatch.setattr(Gumbel, "draw", watched)
-    list(tarflowlm.load("english-mini").stream("once", num_tokens=6))
+    list(tarflowlm.load("english-mini").stream("once", length=6))
     assert found[0] == ["step", "step", "__iter__", "__iter__", "pieces", "_step_by_step"]

@@ -104,12 +104,12 @@ def test_senseless_options_are_refused(options, message):
 def test_a_sampler_of_ones_own_is_a_function_of_log_weights():
     """Before the options, and on all roads: in a flow, the baseline, a gap and a stream."""
     lm = tarflowlm.load("english-small")
-    warm = lm.write("The king", num_tokens=12, temperature=0.5, top_p=0.8)
-    own = lm.write("The king", num_tokens=12, temperature=1, adjust=lambda w: 2 * w, top_p=0.8)
+    warm = lm.write("The king", length=12, temperature=0.5, top_p=0.8)
+    own = lm.write("The king", length=12, temperature=1, adjust=lambda w: 2 * w, top_p=0.8)
     assert own == warm
-    assert "".join(lm.stream("The king", num_tokens=12, adjust=lambda w: 2 * w, top_p=0.8)) == warm
+    assert "".join(lm.stream("The king", length=12, adjust=lambda w: 2 * w, top_p=0.8)) == warm
     without = torch.tensor([b"e" in token for token in lm.tokenizer.token_bytes])
-    never = {"adjust": lambda w: w.masked_fill(without, -torch.inf), "num_tokens": 20}
+    never = {"adjust": lambda w: w.masked_fill(without, -torch.inf), "length": 20}
     for model in (lm, tarflowlm.load("english-small-ar")):
         assert "e" not in model.write(**never)
     assert "e" not in lm.fill("A man [...] a dog.", adjust=never["adjust"])
@@ -121,4 +121,4 @@ def test_a_sampler_of_ones_own_is_a_function_of_log_weights():
 )
 def test_a_function_that_is_no_sampler_is_refused(own, said):
     with pytest.raises(UserError, match=said):
-        tarflowlm.load("english-mini").write(num_tokens=3, adjust=own)
+        tarflowlm.load("english-mini").write(length=3, adjust=own)

@@ -113,7 +113,7 @@ def test_a_run_of_ones_own_parts_is_trained_shown_and_used(
     assert len(lm.encode(words)) == len(words.split())
     assert lm.score(words).total > 0
     assert np.isnan(lm.score(words).bits_per_character)
-    assert isinstance(lm.write(num_tokens=6), str)
+    assert isinstance(lm.write(length=6), str)
     # no bits per character, and the rates of the schedule
     lines = [line for line in metrics_of(folder) if line["split"] == "train"]
     assert {line["bpc"] for line in lines} == {None}

@@ -104,7 +104,7 @@ def _sample(args: Args, lm: "Checkpoint") -> "list[Written]":
     from tarflowlm.requests import Writing
 
     requests = (
-        Writing(num=3, num_tokens=lm.model.config.context, seed=args.seed),
+        Writing(num=3, length=lm.model.config.context, seed=args.seed),
         Writing(template=TEMPLATE, seed=args.seed),
     )
     samples = [Samples(request, lm) for request in requests]

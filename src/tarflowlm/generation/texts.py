@@ -348,14 +348,14 @@ def _of_reading(
         banned=tokenizer.end if is_template or is_added else None,
         end=tokenizer.end if request.may_end and not past_end else None,
         lead=len(lead),
-        continues=not is_template or request.num_tokens is not None,
+        continues=not is_template or request.length is not None,
     )
     return replace(found, reading=reading, begins=begins)
 
 
 def _length(request: Writing, count: int, context: int, lead: int, is_one_window: bool) -> int:
     """Tokens of a text without its lead; `count` are in its prompt or template."""
-    asked = request.num_tokens
+    asked = request.length
     if request.max_new_tokens is not None:
         asked = count + request.max_new_tokens
     if asked is not None:

@@ -166,7 +166,7 @@ def text_so_far(run: Run) -> str:
     if not run.processes.first or run.is_sharded:
         return ""
     patch = config.model.patch
-    request = Writing(num=1, num_tokens=min(SHOWN, config.model.context) // patch * patch, seed=0)
+    request = Writing(num=1, length=min(SHOWN, config.model.context) // patch * patch, seed=0)
     lm = Checkpoint(model, run.corpus.tokenizer, config, {}, run.out)
     text = ""
     model.eval()

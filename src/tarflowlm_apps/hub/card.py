@@ -88,7 +88,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
         return written
     if written:
         return f"---\n{head}\n---\n\n{written}"
-    request = Writing(num=2, num_tokens=min(256, checkpoint.run.model.context))
+    request = Writing(num=2, length=min(256, checkpoint.run.model.context))
     card = ModelCard.from_template(
         head,
         template_path=str(TEMPLATE),

@@ -168,7 +168,7 @@ class _Writer:
         return section_html(record.name, [*record.notes, *notes], parts)
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
-        request = Writing(num=NUM, num_tokens=length)
+        request = Writing(num=NUM, length=length)
         samples = Samples(request, checkpoint, past_end=True)
         self.progress.stage(f"samples of {record.name}, tokens", samples.num_tokens)
         # a large model may need several batches

@@ -54,9 +54,7 @@ def write(catalogue: Catalogue, *given: object) -> pieces.Pages:
     request = Writing(
         prompt=prompt or None,
         template=start if is_template else None,
-        num_tokens=None
-        if is_template
-        else values.whole(asked["length"], "length", 1, values.TOKENS),
+        length=None if is_template else values.whole(asked["length"], "length", 1, values.TOKENS),
         temperature=values.number(asked["temperature"], "temperature", 0.1, 2.0),
         top_p=None if cut == 1.0 or is_template else cut,
         num=values.whole(asked["num"], "samples", 1, values.SAMPLES),

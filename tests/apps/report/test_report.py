@@ -221,7 +221,7 @@ def test_samples_are_the_model_s(runs, tmp_path, undrawn, monkeypatch):
     monkeypatch.setattr(chunks, "WRITTEN_TOKENS", 32)
     text = parsed(write_report([runs["joint"], runs["baseline"]], tmp_path / "out")["page"]).text
     for name in ("joint", "baseline"):
-        assert all(one in text for one in tarflowlm.load(runs[name]).write(num=3, num_tokens=16))
+        assert all(one in text for one in tarflowlm.load(runs[name]).write(num=3, length=16))
 
 
 def test_bad_arguments_write_nothing(runs, tmp_path):

@@ -118,7 +118,7 @@ def test_a_text_of_a_stack_ends_with_its_document(tmp_path):
     values = ["stack", "", "a b", 30, 1.0, 1.0, 3, 0]
     html = shown(write, catalogue, values)
     lm = Pretrained(**vars(catalogue.load("stack")))
-    texts = lm.write("a b", num_tokens=30, temperature=1.0, num=3, seed=0)
+    texts = lm.write("a b", length=30, temperature=1.0, num=3, seed=0)
     assert [text.removesuffix("∎") for text in stages(html)] == texts
     assert any(text.endswith("∎") for text in stages(html))
 
