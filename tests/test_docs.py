@@ -214,8 +214,8 @@ def options() -> dict[str, set[str]]:
             name: {option for argv in argvs for option in re.findall(r"--[a-z][\w.-]*", call(argv))}
             for name, argvs in pages.items()
         }
-    # `train` reads these two before the fields of a preset, whose help it prints
-    found["train"] |= {"--resume", "--model.blocks.0.coupling"}
+    # `train` reads this before the fields of a preset, whose help it prints
+    found["train"] |= {"--resume"}
     for name, args in (("reproduction", ReproductionArgs), ("quality", QualityArgs)):
         found[name] = {f"--{field.name.replace('_', '-')}" for field in fields(args)}
     return found

@@ -138,10 +138,11 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
 
         A list of prompts gives a list with the texts of each. `length` counts tokens with the
         prompt, `max_new_tokens` without it; the default is the trained context. A text ends with
-        its document, unless `stop_at_end` is False, or before the first of the texts `stop`. It has none of the letters `without`, and the words `contains` after the prompt.
-        `temperature` and, without it or a constraint, `top_p` are by default the model's own. They,
-        `top_k`, `particles`, `allowed` and `decoder` are described at `generate`. The same `seed`
-        gives the same text.
+        its document, unless `stop_at_end` is False, or before the first of the texts `stop`. It
+        has none of the letters `without`, and the words `contains` after the prompt. `temperature`
+        and, without it or a constraint, `top_p` are by default the model's own. They, `top_k`,
+        `particles`, `allowed` and `decoder` are described at `generate`. The same `seed` gives the
+        same text.
         """
         is_one = request.num is None and isinstance(request.prompt, str | None)
         texts = write_texts(request, self)

@@ -138,8 +138,9 @@ def test_a_run_of_ones_own_parts_is_trained_shown_and_used(
 
 def test_help_lists_names_of_ones_own(own, run, refused):
     page = " ".join(run("train", "mini-mixd", "--help").out.split())
-    for names in ("{char,byte,bpe,word}", "{adamw,muon,sgd}", "{wsd,halved}"):
-        assert names in page
+    own = ("{char,byte,bpe,word}", "{adamw,muon,sgd}", "{wsd,halved}")
+    ours = ("{gpt,qwen3", "coupling {affine,token-affine,mix1,mixd")
+    assert all(names in page for names in (*own, *ours))
     said = ["optim.optimizer 'sdg'", "did you mean sgd?", "adamw, muon", "--import MODULE"]
     refused("train", "mini-mixd", "--out", "x", "--optim.optimizer", "sdg", names=said)
 

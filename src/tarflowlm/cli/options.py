@@ -24,6 +24,7 @@ from tyro.constructors import (
 from tarflowlm import schema
 from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError, is_first_process
+from tarflowlm.model_config import COUPLINGS, BlockConfig
 from tarflowlm.options import Integer, Out, Unwrap, arg, flag
 from tarflowlm.registry import Registry
 from tarflowlm.runs.hub import check_model
@@ -120,6 +121,7 @@ def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
 
     @wraps(cls, updated=())  # for its docstring
     def make(**values: object) -> object:
+        values.pop(BlockConfig.KEY, None)  # it has chosen the class
         try:
             return cls(**values)
         except UserError as error:
@@ -132,6 +134,12 @@ def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
         replace(one, helptext=partial(_help, cls, one.name), type=_choices(cls, one.name, one.type))
         for one in spec.fields
     ]
+    if issubclass(cls, BlockConfig):
+        # `train` reads it before, for it brings options; here it is shown
+        names: Any = Literal[tuple(COUPLINGS)]
+        text = "Another coupling, with its own options; or your own, by its name (--import MODULE)."
+        first = replace(options[0], name=cls.KEY, type=names, default=cls.coupling, helptext=text)
+        options.insert(0, first)
     return StructConstructorSpec(make, tuple(options))
 
 
