@@ -36,9 +36,11 @@ def compare(directories: Sequence[Path], *, as_json: bool) -> None:
     for group in groups:
         _keep_differing(group)
         known = [row for row in group if row["bpc"] is not None]
-        if len(known) > 1:
-            # a test, if there is one, says more than a validation
-            next((row for row in known if row["split"] == "test"), known[0])["best"] = True
+        # equals: the tests, or the validations if a run has no test yet
+        measure = "bpc" if all(row["split"] == "test" for row in known) else "valid_bpc"
+        measured = [row for row in known if row[measure] is not None]
+        if len(known) > 1 and measured:
+            min(measured, key=lambda row: (row[measure], row["split"]))["best"] = True
     if as_json:
         empty: dict[str, Any] = dict.fromkeys(rows[0]) if rows else {}
         print_json({"runs": rows + [empty | row for row in broken]})
@@ -69,7 +71,7 @@ def compare(directories: Sequence[Path], *, as_json: bool) -> None:
     for row in broken:
         sys.stdout.write(f"{row['name']}: {row['state']}\n")
     if any(row["best"] for row in rows):
-        print_notice("* the fewest bits per character on its text, by the test if there is one")
+        print_notice("* the fewest bits per character on its text, by the tests if all have one")
     if any(row["split"] == "valid" for row in rows):
         print_notice("v: the best validation so far, over fewer windows than a test")
 
@@ -139,6 +141,8 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
 def _row(record: "RunRecord") -> dict[str, Any]:
     """A run as `--json` shows it, by its test if it has one, else by its best validation."""
     data = record.run.data
+    # NaN under a tokenizer that loses characters
+    valid = min((bpc for bpc in record.valid["bpc"].tolist() if bpc == bpc), default=None)
     row = {
         "name": record.name,
         "directory": str(record.directory),
@@ -148,8 +152,8 @@ def _row(record: "RunRecord") -> dict[str, Any]:
         "source": data.source,
         "normalize": data.tokenizer.normalization,
         "unwrap": data.unwrap,
-        # NaN under a tokenizer that loses characters
-        "bpc": min((bpc for bpc in record.valid["bpc"].tolist() if bpc == bpc), default=None),
+        "bpc": valid,
+        "valid_bpc": valid,
         "split": "valid" if len(record.valid["bpc"]) else "",
         "bound": record.run.model.bound,
         "tokens": int(record.train["tokens"][-1]),

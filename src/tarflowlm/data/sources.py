@@ -71,6 +71,9 @@ def _at_path(source: str, path: str, named: str) -> Source:
     if is_folder and not by_suffix and texts.files and tables.files:
         rule = f"name the suffix of its texts, say {path}{FIELD}.txt, or one of those"
         raise UserError(f"the folder {path} holds .parquet files beside texts: {rule}")
+    if Path(path).suffix.lower() in (".csv", ".tsv") and not is_folder:
+        rule = "write its column of texts as lines of a .jsonl file, or a column of .parquet"
+        raise UserError(f"{path} is a table: {rule}; named .txt it is read with its commas")
     found = tables if is_parquet else texts
     if not found.files and not is_folder:
         raise UserError(f"{path} is no regular file: give a text file, or a folder of them")
