@@ -114,6 +114,10 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         if args.data is None:
             raise UserError("--data is missing: name the text to train on, say --data novel.txt")
     elif "--resume" in given:
+        more = sorted(given & {flag(name) for name in ("minutes", "steps", "data", "out", "seed")})
+        if more:
+            rule = "a run goes on to its own end; --from trains a finished one further"
+            raise UserError(f"{more[0]} with --resume: {rule}, with --data and --out")
         return parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
     else:
         raise UserError(

@@ -134,6 +134,8 @@ def check_model(name: str | Path) -> None:
         known = released()
         lacks = f", as {CONFIG} is missing" if os.path.isdir(path) else ""
         remedy = f"{guess(str(path), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
+        if " " in str(name):
+            remedy = "give a text to continue as --prompt TEXT"
         shown = path if str(name) else repr("")
         raise UserError(f"{shown} is not a run directory{lacks}: {remedy}")
 
