@@ -12,7 +12,8 @@ from helpers import stack
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import Progress
-from tarflowlm.generation.texts import Samples, plans, write_texts
+from tarflowlm.generation.requested import plans
+from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
 from tarflowlm.requests import Writing
 

@@ -32,6 +32,8 @@ Decoder = Literal["steps", "sweeps", "auto"]
 way; also how a block is inverted.
 """
 
+Unit = Literal["sentences", "words"]
+"""What a text can have a given number of."""
 Pick = Literal["random", "unlikely"]
 """Words that an edit resamples: random ones, or the ones that cost most in block 1."""
 

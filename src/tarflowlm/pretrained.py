@@ -28,7 +28,7 @@ from tarflowlm.data.prompts import read
 from tarflowlm.data.tokenizer import check_own
 from tarflowlm.device import pick_device
 from tarflowlm.editing.edits import edit
-from tarflowlm.errors import UserError, no_attribute, system_errors
+from tarflowlm.errors import UserError, counted, no_attribute, system_errors
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, score_texts
 from tarflowlm.generation.texts import Samples, write_texts
@@ -137,12 +137,14 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         """A text that begins with `prompt`; with `num`, a list of that many texts.
 
         A list of prompts gives a list with the texts of each. `length` counts tokens with the
-        prompt, `max_new_tokens` without it; the default is the trained context. A text ends with
-        its document, unless `stop_at_end` is False, or before the first of the texts `stop`. It
-        has none of the letters `without`, and the words `contains` after the prompt. `temperature`
-        and, without it or a constraint, `top_p` are by default the model's own. They, `top_k`,
-        `particles`, `allowed` and `decoder` are described at `generate`. The same `seed` gives the
-        same text.
+        prompt, `max_new_tokens` without it; the default is the trained context. A text
+        ends with its document, unless `stop_at_end` is False, or before the first of the texts
+        `stop`, or after a number of `sentences` or `words`. It has none of the letters and words
+        `without`, all of the words `contains` after the prompt, and after the prompt it `matches` a
+        regular expression.
+        `temperature` and, without it, `top_p` are by default the model's own. They,
+        `top_k`, `particles`, `allowed` and `decoder` are described at `generate`. The same `seed`
+        gives the same text.
         """
         is_one = request.num is None and isinstance(request.prompt, str | None)
         texts = write_texts(request, self)
@@ -287,7 +289,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         return _sharing().push_to_hub(self, repository, private=private, **options)
 
     def __repr__(self) -> str:
-        kind = f"TarFlowLM of {self.model.num_blocks} blocks"
+        kind = f"TarFlowLM of {counted(self.model.num_blocks, 'block')}"
         if self.model.is_exact:
             kind = "discrete autoregressive model"
         return (

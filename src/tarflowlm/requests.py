@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from tarflowlm import options
-from tarflowlm.config import Decoder, Pick
+from tarflowlm.config import Decoder, Pick, Unit
 from tarflowlm.errors import UserError
 from tarflowlm.options import Normalized, Seeded, arg
 from tarflowlm.schema import (
@@ -21,8 +21,8 @@ from tarflowlm.schema import (
     Count,
     Length,
     Million,
+    NotNegative,
     Share,
-    Temperature,
     TopP,
     Whole,
     checked,
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["train", "valid", "test", "all"]
+Repeated = Annotated[
+    str | Sequence[str], tyro.conf.UseAppendAction, arg("TEXT", constructor=tuple[str, ...])
+]
+"""Texts of an option that may be given several times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Request(Seeded, Normalized):
     """Plain data that holds everything on which the result depends."""
 
     COMMAND: ClassVar[str]
-    REPEATED: ClassVar = ("stop", "rewrite")
+    REPEATED: ClassVar[tuple[str, ...]] = ()
     """Fields whose option may be given several times."""
 
     def command(self, name: str) -> list[str]:
@@ -91,9 +95,9 @@ class Draws(Request):
 class Tempered(Checked):
     """The option `temperature`."""
 
-    temperature: Annotated[Temperature | None, arg("FLOAT")] = None
-    """Raise the probabilities of tokens to the power 1 / temperature. The default is the model's
-    own, and 0.7 for edits by models that have weights of tokens.
+    temperature: Annotated[NotNegative | None, arg("FLOAT")] = None
+    """Raise the probabilities of tokens to the power 1 / temperature; 0 takes the most probable
+    token. The default is the model's own, and 0.7 for edits by models that have weights of tokens.
     """
 
 
@@ -105,13 +109,15 @@ class Sampling(Tempered):
     """Keep the k most probable tokens."""
     top_p: Annotated[TopP | None, arg("FLOAT")] = None
     """Keep the fewest tokens that together have at least this probability. The default is the
-    model's own, unless a temperature, a template or a constraint is given; then it is 1.
+    model's own, unless a temperature or a template is given; then it is 1. Under a constraint
+    the model's own one counts among the tokens that may come.
     """
     min_p: Annotated[Share | None, arg("FLOAT")] = None
     """Keep the tokens whose probability is at least this times the largest one."""
     particles: Annotated[Count | None, arg("INT")] = None
     """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
-    many. The default is 16 under a constraint and with text after a blank, else 1.
+    many. The default is 16 under a constraint and with text after a blank, doubled up to 64 while
+    fewer than about 4 of them count; else 1.
     """
     decoder: Annotated[Decoder, arg()] = "auto"
     """steps: one token at a time; sweeps: invert noise in all blocks, in parallel; auto: sweeps in
@@ -142,8 +148,11 @@ class Adjustment:
     """
 
     def __init__(self, options: Sampling, vocab_size: int, banned: int | None) -> None:
-        self.temperature = options.temperature or 1.0
-        self.top_k = options.top_k if (options.top_k or vocab_size) < vocab_size else None
+        # at temperature 0, and at what float32 may round to it, all weight is on one token
+        is_greedy = options.temperature is not None and options.temperature < 1e-30
+        top_k = 1 if is_greedy else options.top_k or vocab_size
+        self.temperature = 1.0 if is_greedy else options.temperature or 1.0
+        self.top_k = top_k if top_k < vocab_size else None
         # rounding lets a cumulative sum reach 1 before the last tokens
         self.top_p = options.top_p if (options.top_p or 1.0) < 1.0 else None
         self.min_p = options.min_p or None
@@ -216,8 +225,15 @@ class Writing(Sampling, Draws):
         "max_new_tokens": ("length",),
         "contains": ("stop",),
         "without": ("allowed",),
+        "sentences": ("template", "stop", "stop_at_end", "words"),
+        "words": ("template", "stop", "stop_at_end"),
+        "matches": (
+            *("template", "contains", "without", "allowed"),
+            *("stop", "stop_at_end", "sentences", "words"),
+        ),
     }
     NEEDS: ClassVar = {"blank": ("template",)}
+    REPEATED = ("stop", "without", "contains")
 
     prompt: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = field(
         default=None, kw_only=False
@@ -227,28 +243,36 @@ class Writing(Sampling, Draws):
     """
     template: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = None
     """Text with a blank for every token to fill in: "the ____ of ____". With word pieces, a blank
-    includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12. With --length
+    includes the space before it. [...] or […] is 1 to 8 tokens, [...12] 1 to 12. With --length
     the text goes on after it, and ends before that only if the template has a [...].
     """
     blank: Annotated[str, arg("CHARACTER")] = "_"
     """Character that marks a blank in the template; a backslash before it makes it plain text."""
-    without: Annotated[str, arg("LETTERS")] = ""
-    """Draw no token with these letters, small or capital. Given text may have them."""
-    contains: options.Text = None
-    """Whole words that must appear after the prompt, after a space, unless it has them."""
+    without: Repeated = ()
+    """A single letter, or whole words, that must not come, small or capital. Given text may have
+    them. May be given several times.
+    """
+    contains: Repeated = ()
+    """Whole words that must appear after the prompt, after a space, unless it has them. May be
+    given several times: all of them appear, in any order.
+    """
+    matches: Annotated[str | None, arg("REGEX")] = None
+    """A regular expression that matches all of the text after the prompt. The text ends where the
+    expression does. Needs the package llguidance.
+    """
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The tokens that may be drawn, as `generate` takes them."""
+    sentences: options.Integer = None
+    """End a sample after this many sentences, those of the prompt included, and not before."""
+    words: options.Integer = None
+    """End a sample after this many words, those of the prompt included, and not before."""
     length: Annotated[Length | None, arg("INT")] = None
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
     window slides: its last half is the next prompt.
     """
     max_new_tokens: Annotated[Length | None, arg("INT")] = None
     """Tokens after the prompt, instead of --length."""
-    stop: Annotated[
-        str | Sequence[str],
-        tyro.conf.UseAppendAction,
-        arg("TEXT", constructor=tuple[str, ...]),
-    ] = ()
+    stop: Repeated = ()
     """End a sample before this text occurs after the prompt. May be given several times."""
     # a flag of another default than False begins with "no-"
     stop_at_end: Annotated[bool, arg(name=options.NAMES["stop_at_end"].removeprefix("no-"))] = True
@@ -260,14 +284,23 @@ class Writing(Sampling, Draws):
             yield "prompt", "give at least one character"
         if "" in as_texts(self.stop):
             yield "stop", "give at least one character"
-        if self.contains is not None and not self.contains.strip():
-            yield "contains", "give some words, or leave it out"
+        for name in ("contains", "without"):
+            value = getattr(self, name)
+            if not all(map(str.strip, as_texts(value))) and (name, value) != ("without", ""):
+                yield name, "give some words, or leave it out"
 
     @property
     def may_end(self) -> bool:
         """Whether a text ends with its document: not within a template."""
         goes_on = self.template is None or self.length is not None
-        return goes_on and self.stop_at_end
+        return goes_on and self.stop_at_end and self.count is None
+
+    @property
+    def count(self) -> tuple[Unit, int] | None:
+        """What a text has a given number of, and the number."""
+        if self.sentences is not None:
+            return "sentences", self.sentences
+        return None if self.words is None else ("words", self.words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +314,7 @@ class Edit(Tempered, Draws):
         "level": ("candidates", "temperature"),
     }
     NEEDS: ClassVar = {"everywhere": ("rewrite",), "around": ("replace",), "decoder": ("level",)}
+    REPEATED = ("rewrite",)
 
     text: Annotated[str, arg("TEXT")] = field(kw_only=False)
     """The text to edit."""
@@ -341,10 +375,9 @@ class Score(Request):
     """Texts of any length whose tokens are scored in bits."""
 
     COMMAND = "score"
-    text: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = field(
-        default=None, kw_only=False
-    )
-    """The text to score."""
+    REPEATED = ("text",)
+    text: Repeated = field(default=(), kw_only=False)
+    """The text to score. Several, each with an option of its own, are compared."""
     samples: Million = 8
     """Posterior samples averaged in the bound of a flow; the baseline is exact."""
 

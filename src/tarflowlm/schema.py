@@ -53,9 +53,8 @@ Length = Annotated[int, Interval(ge=1, le=10_000_000)]
 """Tokens of a text that is written, or a number of texts."""
 Million = Annotated[int, Interval(ge=1, le=1_000_000)]
 """A number of times to do what takes long; more would never end."""
-Temperature = Annotated[float, Ge(1e-30), "top_k 1 takes the most probable token"]
-"""The least value is far above the numbers that float32 rounds to zero."""
 TopP = Annotated[float, Interval(ge=1e-30, le=1), "top_k 1 takes the most probable token"]
+"""The least value is far above the numbers that float32 rounds to zero."""
 
 
 class WrongType(UserError):

@@ -21,9 +21,9 @@ OPTIONS = {
     ),
     "score": "baseline device directory file json normalize samples seed text texts",
     "sample": (
-        "blank contains decoder device directory json length max-new-tokens min-p no-stop "
-        "normalize num out particles passes prompt prompts seed stop stream temperature template "
-        "top-k top-p without"
+        "blank contains decoder device directory json length matches max-new-tokens min-p no-stop "
+        "normalize num out particles passes prompt prompts seed sentences stop stream temperature "
+        "template top-k top-p without words"
     ),
     "info": "compare directories json",
     "runs": "compare directories json",

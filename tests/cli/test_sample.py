@@ -100,17 +100,48 @@ def test_gaps_have_any_length_and_the_likely_ones_are_told(run, run_json, models
 def test_constraints_are_kept(texts, models):
     for name in ("ar", "one"):
         argv = [models[name], "--num", 2, "--length", 12, "--prompt", "ae", "--particles", 4]
-        for text in texts(*argv, "--without", "Eqxz"):
+        letters = [word for letter in "Eqxz" for word in ("--without", letter)]
+        for text in texts(*argv, *letters):
             assert not set(text[2:]) & set("eqxz")
         for text in texts(*argv, "--contains", "Ab"):
             assert " ab" in text
             assert len(text) == 12
+        for text in texts(*argv, "--contains", "Ab", "--contains", "cd"):
+            assert re.search(r" ab\b", text)
+            assert re.search(r" cd\b", text)
+            assert len(text) == 12
+        for text in texts(*argv, "--without", "Ab", "--contains", "b"):
+            assert not re.search(r"\bab\b", text)
         # a line end is in no text
         assert texts(*argv, "--stop", "\n") == texts(*argv)
         # a word at the end of the prompt may not go on
         argv[-3] = "at ab"
         for text in texts(*argv, "--contains", "ab"):
             assert re.match(r"at ab\b", text)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_has_a_given_number_of_words(run, texts, models, name):
+    argv = [models[name], "--prompt", "ab c", "--words", 5, "--num", 2]
+    found = texts(*argv, *STEPS)
+    assert [len(text.split()) for text in found] == [5, 5]
+    assert not any(text[-1:].isspace() for text in found)
+    assert run("sample", *argv[:-2], *STEPS, "--stream").out == f"{found[0]}\n"
+
+
+def test_a_constraint_counts_within_the_words(texts, models):
+    for name in ("ar", "one"):
+        argv = [models[name], "--length", 15, "--words", 3, "--contains", "b", "--num", 2]
+        for text in texts(*argv):
+            assert len(text.split()) == 3
+            assert "b" in text.split()
+
+
+def test_what_may_be_meant_otherwise_is_told(run, models):
+    argv = ["sample", models["ar"], "--length", 8]
+    assert "'ab' as whole words" in run(*argv, "--without", "ab").err
+    assert "--template" in run(*argv, "--prompt", "a […] b", "--length", 12).err
+    assert "--template" not in run(*argv, "--prompt", "a b").err
 
 
 @pytest.mark.slow
@@ -175,7 +206,7 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
     ]
     refused(*argv, "--out", out, names=[str(out), "exists"])
     # an error that only the sampler finds leaves no empty file
-    refused(*argv, "--temperature", "0", "--out", other, names=["temperature 0.0"])
+    refused(*argv, "--stop", "日本", "--out", other, names=["日本"])
     assert not other.exists()
     assert run_json(*argv, "--out", other)["written"] == 5
     assert other.read_bytes() == out.read_bytes()

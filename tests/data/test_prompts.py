@@ -9,6 +9,7 @@ from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.prompts import (
     BLANK,
     LONGEST_GAP,
+    has_gaps,
     read,
     read_stop,
     read_template,
@@ -225,6 +226,16 @@ def test_a_stop_that_loses_its_punctuation_is_a_whole_word():
     ]
     assert read_stop(LOWER, "Q:", normalize="text8").text == " q "
     assert read_stop(SMALL, "Q:").text == "Q:"
+
+
+def test_gaps_are_read_as_phones_write_them():
+    plain = read_template(SMALL, "a [...3] b [...] c")
+    for text in ("a [..3] b […] c", "a […3] b [..] c"):
+        found = read_template(SMALL, text)
+        assert found.tokens.tolist() == plain.tokens.tolist()
+        assert [part.most for part in found.parts[1::2]] == [3, 8]
+    assert all(map(has_gaps, ("a […] b", "a [..4]", "the _ b", "__ b", "a _, b")))
+    assert not any(map(has_gaps, ("a [.] b", "a_b", "_name", "[4]")))
 
 
 def test_tokens_without_letters_have_none_of_them_in_either_case():

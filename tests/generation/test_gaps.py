@@ -9,13 +9,15 @@ import torch
 from enumeration import V, probabilities, texts
 from torch import Tensor
 
+import tarflowlm
 from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.data import CharTokenizer
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate, write
+from tarflowlm.generation.particles import is_rough
 from tarflowlm.generation.plan import plan
-from tarflowlm.generation.sampling import BLANK, row_generators
+from tarflowlm.generation.sampling import BLANK, Evidence, row_generators
 from tarflowlm.generation.texts import Samples
 from tarflowlm.pretrained import Pretrained
 from tarflowlm.requests import Sampling, Writing
@@ -136,6 +138,128 @@ def test_texts_follow_their_probabilities_given_a_constraint(pair):
     code = (found.tokens * V ** torch.arange(2).flip(0)).sum(-1)
     observed = torch.bincount(code, minlength=V**2).double() / 300
     assert (observed - joint / joint.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_two_words_come_in_any_order(name):
+    """The first of them is neither, before either of them is there."""
+    three = {
+        "ar": lambda: tiny_ar(context=3, **AR),
+        "mixd": lambda: tiny_flow(couplings=("mixd",), scale=0.5, **FLOW, **SHARP | {"context": 3}),
+        "mixd-mix1": lambda: tiny_flow(**STACK, **FLOW, **SHARP | {"context": 3}),
+    }
+    model = three[name]()
+    has_both = (texts(3) == 1).any(1) & (texts(3) == 2).any(1)
+    joint = torch.where(has_both, probabilities(model, SHARP_AXIS).double(), 0.0)
+    gap = Gap(most=1, least=0, once=True)
+    template = [NONE, gap, torch.tensor([1]), gap, torch.tensor([2])]
+    options = {"num": 300, "particles": 32, "generator": generator()}
+    found = generate(model, num_tokens=3, prompt=template, **options)
+    assert ((found.tokens == 1).any(1) & (found.tokens == 2).any(1)).all()
+    evidence = found.evidence.log_evidence.exp()
+    error = evidence.std().item() / math.sqrt(300)
+    wanted = joint.sum().item()
+    assert evidence.mean().item() == pytest.approx(wanted, abs=4 * error + 0.01 * wanted)
+    code = (found.tokens * V ** torch.arange(3).flip(0)).sum(-1)
+    observed = torch.bincount(code, minlength=V**3).double() / 300
+    assert (observed - joint / wanted).abs().max() < 4 * math.sqrt(0.25 / 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [None, "ab", "a "])
+def test_words_that_must_not_come_are_whole_and_weigh_the_text(prompt):
+    """A word of the prompt may stay; what is drawn makes none, at the end neither."""
+    model = tiny_ar(context=6, **AR)
+    lm = Pretrained(model, CharTokenizer(" ab", "none"))
+    request = Writing(
+        prompt=prompt, without="Ab", num_tokens=6, num=300, particles=32, temperature=1.0
+    )
+    batches = list(Samples(request, lm).batches())
+    drawn = [text for one in batches for text in one.texts]
+    joint = probabilities(model).double()
+    every = [lm.tokenizer.decode(text.tolist()) for text in texts(6)]
+    start = len(prompt or "")
+    # one that begins in the prompt and goes on is drawn
+    banned = [
+        any(one.end() > start for one in re.finditer(r"(?<!\w)ab(?!\w)", text)) for text in every
+    ]
+    fits = torch.tensor([text.startswith(prompt or "") for text in every]) & ~torch.tensor(banned)
+    wanted = joint * fits
+    share = torch.tensor([drawn.count(text) / 300 for text in every])
+    assert (share - wanted / wanted.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
+    assert not share[~fits].any()
+
+
+def test_words_that_must_not_come_are_kept_out_of_what_follows_a_gap():
+    lm = Pretrained(tiny_ar(context=8, **AR), CharTokenizer(" ab", "none"))
+    for text in lm.fill("b [...2]b b", without=["ab", "bb"], num=20, temperature=1.0):
+        assert re.fullmatch(r"b .{1,2}b b", text)
+        assert not {"ab", "bb"} & set(text.split())
+
+
+def test_a_rule_holds_beside_a_mask_and_ends_with_its_document():
+    tokenizer = CharTokenizer(" ab", "none", has_end=True)
+    lm = Pretrained(tiny_ar(vocab_size=4, context=12, scale=0.3), tokenizer)
+    found = lm.write(without=["ab", "a"], num=20, temperature=1.0)
+    assert not any("a" in text for text in found)
+    assert min(map(len, found)) < 11
+    for text in lm.write("b", contains=["a", "bb"], words=4, num=20, temperature=1.0):
+        assert len(text.split()) == 4
+        assert {"a", "bb"} <= set(text.split())
+
+
+def test_the_usual_top_p_is_of_the_tokens_that_may_come():
+    """The most probable token of a set has its probability, and the others of it none."""
+    lm = Pretrained(tiny_ar(context=8, **AR), CharTokenizer(" ab", "none"))
+    own = replace(lm, run=replace(lm.run, temperature=1.0, top_p=1e-3))
+    greedy = own.write("a", without="b", length=8, num=5)
+    assert len(set(greedy)) == 1
+    assert len(set(lm.write("a", without="b", length=8, num=5))) > 1
+    words = own.write("a", contains="b", length=8, num=5)
+    assert all(" b" in text for text in words)
+    # a temperature leaves top-p out, as everywhere
+    assert len(set(own.write("a", without="b", length=8, num=5, temperature=1.0))) > 1
+
+
+@pytest.mark.slow
+def test_a_rough_choice_is_made_among_more_particles():
+    lm = tarflowlm.load("english-mini-ar")
+
+    def found(**options) -> tuple[list[str], Evidence]:
+        request = Writing(template="x[...3]qqx", seed=2, **options)
+        (written,) = Samples(request, lm).batches()
+        return written.texts, written.generation.evidence
+
+    texts, evidence = found(num=6)
+    particles = evidence.particles.tolist()
+    assert len(set(particles)) > 1
+    assert set(particles) <= {16, 32, 64}
+    assert not is_rough(evidence)[evidence.particles < 64].any()
+    assert evidence.ess.tolist() == found(num=6)[1].ess.tolist()
+    # whatever the others need
+    row = particles.index(max(particles))
+    fewer, alone = found(num=row + 1)
+    assert fewer == texts[: row + 1]
+    assert alone.particles.tolist() == particles[: row + 1]
+    assert set(found(num=6, particles=16)[1].particles.tolist()) == {16}
+
+
+def test_a_text_matches_an_expression():
+    pytest.importorskip("llguidance")
+    ends = Pretrained(
+        tiny_ar(vocab_size=4, context=12, scale=0.3), CharTokenizer(" ab", "none", has_end=True)
+    )
+    plain = Pretrained(tiny_ar(context=12, **AR), CharTokenizer(" ab", "none"))
+    for lm in (ends, plain):
+        for text in lm.write("a", matches=r"[ab]{3} (a|bb)", num=20, temperature=1.0):
+            assert re.fullmatch(r"a[ab]{3} (a|bb)", text)
+        with pytest.raises(UserError, match="candidates fits"):
+            lm.write("a", matches=r"[ab]{30}", particles=2)
+        with pytest.raises(UserError, match=r"matches '\('.*unclosed group"):
+            lm.write("a", matches="(")
+    lengths = {len(text) for text in ends.write(matches="a+", num=30, temperature=1.0)}
+    assert len(lengths) > 1
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, option
         ({"prompt": torch.tensor([-2])}, "tokens outside of 0 to 4"),
         ({"prompt": torch.full((9,), -1)}, "the given text has 9 tokens"),
         ({"particles": 0}, "particles 0"),
-        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
         ({"top_k": 0}, "top_k 0"),
         ({"top_p": 0.0}, "top_p 0.0"),
     ],

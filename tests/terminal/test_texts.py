@@ -83,18 +83,20 @@ def test_rows_of_passes_that_leave_noise():
 def test_trust_is_told_in_one_way():
     nan = torch.full((2,), torch.nan, dtype=torch.float64)
     ess = torch.tensor([4.6, 12.0], dtype=torch.float64)
-    evidence = Evidence(nan, ess, nan, nan)
-    assert trust(evidence, slice(0, 2), 16) == (
+    evidence = Evidence(nan, ess, nan, nan, torch.tensor([16, 16]))
+    assert trust(evidence, slice(0, 2)) == (
         "rests on about 4.6 to 12.0 independent candidates of 16"
     )
     one = slice(0, 1)
     told = "rests on about 4.6 independent candidates of 16"
-    assert trust(evidence, one, 16) == told
-    few = "but a few far outweigh the rest, which is rough; raise particles"
-    assert trust(replace(evidence, pareto_k=torch.ones(2)), one, 16) == f"{told}, {few}"
-    few = "rests on about 3.9 independent candidates of 16, which is rough; raise particles"
-    assert trust(replace(evidence, ess=ess - 0.74), one, 16) == few
-    assert "rough" not in trust(replace(evidence, ess=ess - 0.64), one, 16)
+    assert trust(evidence, one) == told
+    # each length of a gap is a candidate
+    assert trust(replace(evidence, ess=ess + 12), one) == told.replace("4.6", "16.0")
+    few = "rests on about 3.9 independent candidates of 16, which is rough; "
+    rough = replace(evidence, ess=ess - 0.74)
+    assert trust(rough, one) == f"{few}try --particles 64"
+    assert trust(rough, one, "raise it") == f"{few}raise it"
+    assert "rough" not in trust(replace(evidence, ess=ess - 0.64), one)
 
 
 def test_a_sample_gives_the_terminal_no_commands(capsys):

@@ -30,11 +30,13 @@ class Args(OfModel):
     """Generate text from a trained model."""
 
     EXCLUSIVE: ClassVar = {
-        "stream": ("out", "json", "passes", "particles", "without", "contains"),
+        "stream": ("out", "json", "passes", "particles", "without", "contains", "matches"),
         "prompts": ("prompt", "template"),
         "stop": ("passes",),
     }
-    NEEDS: ClassVar = {"particles": ("prompt", "prompts", "template", "without", "contains")}
+    NEEDS: ClassVar = {
+        "particles": ("prompt", "prompts", "template", "without", "contains", "matches")
+    }
 
     writing: Annotated[Writing, tyro.conf.arg(name="", help="")] = field(default_factory=Writing)
     prompts: File = None
@@ -63,15 +65,20 @@ def run(args: Args) -> None:
             for row in range(samples.total):
                 if samples.total > 1:
                     write_out(f"sample {row + 1}\n")
-                for piece in samples.pieces(row):
-                    write_out(piece)
-                write_out("\n")
+                try:
+                    for piece in samples.pieces(row):
+                        write_out(piece)
+                finally:
+                    # also before the message of an interrupt
+                    write_out("\n")
             return
         # SIGTERM raises KeyboardInterrupt, as SIGINT does
         interrupts = handled({signal.SIGTERM: signal.default_int_handler})
         path = args.out if processes.first else None
         with interrupts, nullcontext() if path is None else new_lines(path) as out:
             _write(args, samples, out)
+        if sys.stderr.isatty() and out is None and not args.writing.seed:
+            print_notice("seed 0; another text: --seed 1")
         if processes.world == 1 and sys.stderr.isatty():
             # for the next text; whoever pipes texts asked for no other process
             compiled.start()
@@ -79,7 +86,8 @@ def run(args: Args) -> None:
 
 def _samples(args: Args, processes: "Processes") -> "Samples":
     """The samples that the command asks for, with texts as the model reads them."""
-    from tarflowlm.generation.texts import Samples, plans
+    from tarflowlm.generation.requested import plans
+    from tarflowlm.generation.texts import Samples
 
     writing = args.writing
     with processes.first_alone():  # it may have to be downloaded

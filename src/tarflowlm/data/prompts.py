@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from tarflowlm.config import Normalization
+from tarflowlm.data.counting import Count
 from tarflowlm.data.normalize import normalize_text8
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.schema import check_type
 
 BLANK = -1  # marks a token of a template that is to be drawn
-GAP = r"\[\.\.\.[0-9]{0,4}\]"  # a gap of unknown length in a template
+GAP = r"\[(?:\.{2,3}|…)[0-9]{0,4}\]"  # a gap of unknown length in a template
 LONGEST_GAP = 8  # tokens of a gap that names no number
 _SHOWN = 200  # characters of a text in a notice
 
@@ -100,10 +101,11 @@ def read_template(
 ) -> Reading:
     """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
 
-    [...] stands for 1 to LONGEST_GAP of them, [...12] for 1 to 12. `read` reads the pieces between
-    the blanks. The model continues a piece before a blank, so the first token of a gap brings the
-    space that was left to it. A blank counts as a letter: a comma next to it becomes a space. A
-    backslash before the character makes it plain text, also where the model's alphabet has it.
+    [...] stands for 1 to LONGEST_GAP of them, [...12] for 1 to 12; [..] and […] are the same.
+    `read` reads the pieces between the blanks. The model continues a piece before a blank, so the
+    first token of a gap brings the space that was left to it. A blank counts as a letter: a comma
+    next to it becomes a space. A backslash before the character makes it plain text, also where the
+    model's alphabet has it.
     """
     check_text(text, "template")
     if not isinstance(blank, str) or len(blank) != 1:
@@ -121,7 +123,7 @@ def read_template(
     for piece, mark in zip(pieces, marks, strict=False):
         begins = _with_space(tokenizer, piece)
         known = tokenizer.encode(piece if begins is None else piece[:-1])
-        most = 1 if mark == blank else int(mark[4:-1] or LONGEST_GAP)
+        most = 1 if mark == blank else int(mark.strip("[.…]") or LONGEST_GAP)
         gap = Gap(most, begins=None if mark == blank else begins)
         parts += [torch.from_numpy(known), gap]
     parts.append(torch.from_numpy(tokenizer.encode(pieces[-1])))
@@ -134,6 +136,11 @@ def read_template(
 def has_blanks(text: str) -> bool:
     """Whether a text is a template."""
     return re.search(_mark("_"), text) is not None
+
+
+def has_gaps(text: str) -> bool:
+    """Whether a text has a gap of unknown length, or a blank that stands apart."""
+    return re.search(rf"{GAP}|(?<!\S)_+(?!\w)", text) is not None
 
 
 def _mark(blank: str) -> str:
@@ -149,12 +156,12 @@ def unescaped(text: str, blank: str) -> str:
 def _check_marks(text: str, blank: str, marks: list[str], last: str) -> None:
     """UserError for a template without blanks, and for a gap whose length nothing limits."""
     flaw = ""
-    if "[..." in re.sub(GAP, "", text):
+    if re.search(r"\[(?:\.\.|…)", re.sub(GAP, "", text)):
         flaw = "has a gap that cannot be read: write [...] or [...12]"
     elif not marks:
         how = f"mark tokens to fill in by {blank!r} (or --blank) or [...]"
         flaw = f"has no blank: {how}, or make it a prompt"
-    elif any(re.fullmatch(r"\[\.\.\.0+\]", mark) for mark in marks):
+    elif any(re.fullmatch(r"\[\D+0+\]", mark) for mark in marks):
         flaw = "has a gap of 0 tokens: give at least 1, as [...1]"
     elif marks[-1] != blank and not last.strip():
         flaw = "ends in a gap, whose length is open: put text after it, or make it a prompt"
@@ -250,9 +257,12 @@ class TextStream:
         *,
         start: int = 0,
         end: int | None = None,
+        count: Count | None = None,
     ) -> None:
-        """Stops count from character `start` on. The token `end` is a stop, too."""
-        self.stops, self.start, self.end = stops, start, end
+        """Stops count from character `start` on. The token `end` is a stop, too, and so is the end
+        of a `count` of words or sentences.
+        """
+        self.stops, self.start, self.end, self.count = stops, start, end, count
         self.text, self.has_stopped, self.has_ended = "", False, False
         self.shown = 0
         self.length = 0  # tokens read
@@ -289,6 +299,8 @@ class TextStream:
         # the text ends where the stop begins that is complete first
         complete = [(at + len(stop), at) for stop, at in begins.items() if at >= 0]
         _, at = min(complete, default=(0, len(self.text)))
+        if self.count is not None:
+            at = self.count.end(self.text, is_whole=is_last) or at
         self.has_stopped = at < len(self.text)
         self.text = self.text[:at]
         ready = at
@@ -301,6 +313,9 @@ class TextStream:
                 if any(stop.startswith(self.text[-count:]) for stop in self.stops)
             )
             ready -= next(waiting, 0)
+            if self.count is not None:
+                # a text ends before the space that shows its last word to be over
+                ready = min(ready, len(self.text.rstrip()))
         found = self.text[self.shown : ready]
         self.shown = max(self.shown, ready)
         return found

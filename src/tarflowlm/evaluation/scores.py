@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -104,8 +103,7 @@ class Scores:
 def score_texts(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> list[Scores]:
     """The bits of every text of a request, read like the model's training text."""
     check_finite(lm.model.state_dict(), "model")
-    # None is refused here, as any other value that is no text
-    texts = as_texts(cast(str | Sequence[str], request.text), "text")
+    texts = as_texts(request.text, "text")
     readings = [read(lm.tokenizer, text, normalize=request.normalize) for text in texts]
     tokens = [reading.tokens for reading in readings]
     found = scores(lm.model, tokens, samples=request.samples, seed=request.seed, progress=progress)

@@ -2,7 +2,7 @@
 
 A `Decoder` has the KV cache and the values so far. What a step makes of the features differs:
 `Drawing` draws tokens by their weights, `inversion.Inversion` turns noise into latents, and
-`gaps.Pieces` draws among the tokens that may come and weighs what it draws.
+`pieces.Pieces` draws among the tokens that may come and weighs what it draws.
 
 Shape legend: B rows (samples or particles), b rows that need more, T tokens, P patch, N = T / P
 positions, d channels per token (0 for the baseline), C = P d, D width, K choices.

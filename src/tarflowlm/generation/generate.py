@@ -147,7 +147,10 @@ def row_plans(
         )
     if len({one.batch_key for one in found}) > 1:
         # free rows are completed together with the others
-        found = [replace(one, way="filter", particles=particles) for one in found]
+        found = [
+            replace(one, way="filter", particles=particles, most_particles=particles)
+            for one in found
+        ]
     return found
 
 

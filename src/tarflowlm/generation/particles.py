@@ -27,6 +27,8 @@ FEWEST = 25
 """Weights below which a tail is too short to fit."""
 UNRELIABLE = 0.7
 """Tail index above which the mean of weights is unreliable."""
+FEW = 4.0
+"""An effective sample size that is small by any measure."""
 
 
 class Weights:
@@ -64,12 +66,19 @@ class Weights:
             ess=effective(tails),
             pareto_k=torch.tensor([pareto_k(log_w) for log_w in tails], dtype=torch.float64),
             draws=self.draws,
+            particles=torch.full_like(self.draws, self.log_w.shape[1]),
         )
 
     def pick(self) -> Tensor:
         """One particle of each sample by weight: rows [num]."""
         picked = [resample(w, 1, g) for w, g in zip(self.log_w, self.generators, strict=True)]
         return torch.cat(picked) + torch.arange(len(picked)) * self.log_w.shape[1]
+
+
+def is_rough(evidence: Evidence) -> Tensor:
+    """Where a choice rests on a few particles, [num]."""
+    # as a line shows it, with one digit
+    return (10 * evidence.ess).round() < 10 * FEW
 
 
 def weight(log_w: Tensor) -> Tensor:

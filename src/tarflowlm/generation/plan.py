@@ -10,15 +10,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflowlm.data.prompts import BLANK, Gap, Reading
 from tarflowlm.errors import UserError, counted
+from tarflowlm.generation.rules import Mask, Own, Rule, checked_mask
 from tarflowlm.model import LanguageModel
 from tarflowlm.requests import ADJUSTMENTS, Adjustment, Sampling
 from tarflowlm.schema import Length, checked
@@ -26,8 +25,6 @@ from tarflowlm.schema import Length, checked
 PARTICLES = 16
 """Particles by default where given tokens follow a gap, or draws are constrained."""
 
-Mask = Tensor | NDArray[Any]
-"""True for the tokens [V] that may be drawn."""
 Allowed = Mask | Callable[[Tensor], Mask]
 """A mask, or a function to it from the tokens [n] so far."""
 Way = Literal["inversion", "filter", "gaps"]
@@ -42,8 +39,12 @@ class Plan:
     num_tokens: int
     """Tokens to write, given ones included."""
     particles: int
+    most_particles: int
+    """Particles are doubled up to this while the choice among them is rough."""
     adjust: Adjustment | None
     """Changes log-weights by temperature, top-k, top-p and bans."""
+    within: Adjustment | None
+    """Changes the log-weights of the tokens that may be drawn, without a change of their sum."""
     sampling: Sampling
     way: Way
     """inversion: invert noise, after a prompt that is known exactly; filter: complete given tokens
@@ -51,8 +52,10 @@ class Plan:
     """
     prompt: int = 0
     """Tokens of a prompt that is known exactly or fills a window: equal for all rows of a batch."""
-    allowed: Tensor | Callable[[Tensor], Mask] | None = None
-    """The tokens that may be drawn; a function gets the text without its lead."""
+    allowed: Tensor | None = None
+    """The tokens [V] that may be drawn; None for all."""
+    rules: tuple[Rule, ...] = ()
+    """What the text keeps, without its lead."""
     end: int | None = None
     """Once a sample draws this token, it repeats it to its end."""
     lead: int = 0
@@ -97,6 +100,9 @@ def plan(
     *,
     num_tokens: int,
     allowed: Allowed | None = None,
+    rules: Sequence[Rule] = (),
+    top_p: float | None = None,
+    most_particles: int = 0,
     banned: int | None = None,
     end: int | None = None,
     lead: int = 0,
@@ -105,17 +111,22 @@ def plan(
     """Decide how `model` writes `num_tokens` tokens of `template`, neighbours joined.
 
     Unless it `continues`, tokens after the template are free, for they are not shown.
-    `banned` is a token that is not drawn where weights may change. UserError for what the model
-    cannot do.
+    `banned` is a token that is not drawn where weights may change. `top_p` is that of the model,
+    of the tokens that may be drawn. The default number of particles may be doubled up to
+    `most_particles`. UserError for what the model cannot do.
     """
     config = model.config
     num_tokens = checked(num_tokens, Length, "length")
     parts = _joined(template)
     pieces = cast(list[Tensor], parts[::2])
     gaps = cast(list[Gap], parts[1::2])
-    is_open = allowed is not None or any(map(_is_open, gaps))
+    if allowed is not None and (rules or callable(allowed)):
+        rules, allowed = (*rules, Own(allowed, config.vocab_size)), None
+    is_open = allowed is not None or bool(rules) or any(map(_is_open, gaps))
     num_given = sum(map(len, pieces))
-    longest = num_given + sum(gap.most for gap in gaps)
+    # gaps around wanted words share their tokens
+    shared = max((gap.most for gap in gaps if gap.once), default=0)
+    longest = num_given + shared + sum(gap.most for gap in gaps if not gap.once)
     # given tokens form a prompt, or there are none
     is_prompt = num_given == len(pieces[0])
     particles = sampling.particles or (1 if is_prompt and not is_open else PARTICLES)
@@ -139,8 +150,8 @@ def plan(
     if is_exact and particles > 1:
         rule = "this model continues a prompt exactly"
         raise UserError(f"particles {particles}: {rule}, leave them out")
-    if allowed is not None and not callable(allowed):
-        allowed = checked_mask(allowed, model)
+    if allowed is not None:
+        allowed = checked_mask(allowed, config.vocab_size)
         if not allowed.any():
             raise UserError("allowed is False for every token: allow at least one")
     is_free = not model.is_exact and num_given == 0 and particles == 1
@@ -151,11 +162,16 @@ def plan(
         template=tuple(parts),
         num_tokens=num_tokens,
         particles=particles,
+        most_particles=particles
+        if sampling.particles or particles == 1
+        else max(particles, most_particles),
         adjust=_adjust(model, sampling, banned),
+        within=Sampling(top_p=top_p).adjustment(config.vocab_size) if is_open else None,
         sampling=sampling,
         way="gaps" if is_open else "inversion" if is_exact or is_free else "filter",
         prompt=num_given if is_exact or is_long else 0,
         allowed=allowed,
+        rules=tuple(rules),
         end=end,
         lead=lead,
     )
@@ -205,16 +221,6 @@ def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> Adj
             "leave this out, or use a model whose block 1 is mixd"
         )
     return adjust
-
-
-def checked_mask(mask: object, model: LanguageModel) -> Tensor:
-    """A boolean tensor or array [V] as a tensor. UserError for anything else."""
-    V = model.config.vocab_size
-    if isinstance(mask, np.ndarray) and mask.dtype == bool:
-        mask = torch.tensor(mask)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
-        raise UserError(f"allowed {mask!r:.60}: give a boolean mask of shape [{V}]")
-    return mask.cpu()
 
 
 def no_room(length: int, num_tokens: int) -> UserError:

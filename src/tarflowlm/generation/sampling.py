@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -147,6 +147,8 @@ class Evidence:
     """Tail index of the weights, [num]: unreliable above 0.7. NaN if R < 25."""
     draws: Tensor
     """How often the particles of each sample were resampled, [num]."""
+    particles: Tensor
+    """R of each sample, [num]."""
 
 
 Way = Literal["steps", "sweeps", "draw"]
@@ -206,6 +208,21 @@ class Generation:
         """The `states` decoded, each [num, T], coarse to fine. The last is `tokens`."""
         states = self.states(model)
         return (*map(as_flow(model).codebook.decode, states[:-1]), self.tokens) if states else ()
+
+    def with_row(self, row: int, other: "Generation") -> "Generation":
+        """These samples, with the only sample of `other` in the place of one; both of one plan."""
+
+        def put(ours: Any, theirs: Any) -> Any:
+            if isinstance(ours, Tensor):
+                return ours.index_copy(0, torch.tensor([row], device=ours.device), theirs)
+            if isinstance(ours, tuple):
+                return tuple(map(put, ours, theirs))
+            if not isinstance(ours, Evidence | GapLengths | Generation):
+                return ours
+            pairs = {name: (one, getattr(theirs, name)) for name, one in vars(ours).items()}
+            return replace(ours, **{name: put(*pair) for name, pair in pairs.items()})
+
+        return replace(put(self, other), work=self.work)
 
     def drop_context(self, num: int) -> "Generation":
         """The samples without their first `num` tokens, which were context."""

@@ -1,31 +1,20 @@
-"""Requests become texts: a plan for every prompt, and samples in batches."""
+"""Requests become texts: samples in batches."""
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.data.prompts import (
-    Gap,
-    Reading,
-    TextStream,
-    read,
-    read_stop,
-    read_template,
-    tokens_after_word,
-    tokens_without,
-)
+from tarflowlm.data.prompts import Reading, TextStream, has_gaps, read, read_stop
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow.transformer import Transformer
-from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
+from tarflowlm.generation.plan import Plan
+from tarflowlm.generation.requested import count_of, plans
 from tarflowlm.generation.sampling import Generation, Meter, row_generators
-from tarflowlm.generation.write import Writer
-from tarflowlm.model import as_flow
+from tarflowlm.generation.write import DoublingWriter, Writer
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -65,15 +54,19 @@ class Samples:
         # a line end is in no text of letters, where it reads as a space
         stops = [stop for stop in stops if stop.text != " " or stop.given == " "]
         self.stops = [stop.text for stop in stops]
+        self.count = count_of(request, lm)
         self.plans = plans(request, lm, past_end, prompts)
         named = [("", one.reading) for one in self.plans if one.reading]
         named += [("stop ", stop) for stop in stops]
-        if request.contains is not None:
-            words = request.contains.strip()
-            named.append(("contains ", read(lm.tokenizer, words, normalize=request.normalize)))
+        words = [("contains ", one) for one in as_texts(request.contains)]
+        words += [("without ", one) for one in as_texts(request.without) if len(one) > 1]
+        how = request.normalize
+        named += [(name, read(lm.tokenizer, one.strip(), normalize=how)) for name, one in words]
         notices = dict.fromkeys(f"{name}{one.notice}" for name, one in named if one.notice)
-        self.notices = list(notices)
-        """A line for every text that the model reads differently from how it was given."""
+        self.notices = [*notices, *_remarks(request)]
+        """A line for every text that the model reads differently from how it was given, and for
+        what may be meant otherwise.
+        """
         self.total = request.num_each * len(self.plans)
         """Number of samples."""
         blocks = [m for m in model.modules() if isinstance(m, Transformer)]
@@ -120,7 +113,8 @@ class Samples:
             num_tokens = len(rows) * one.num_tokens
             meter = Meter(progress, num_tokens, num_tokens)
             # decode in batches unless a stop must be found
-            every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
+            may_end = one.end is not None or self.count is not None
+            every = 1 if self.stops else EVERY if may_end else one.num_tokens
             try:
                 found = self.batch(rows, meter, every=every).finish()
             except torch.OutOfMemoryError:
@@ -148,7 +142,20 @@ class Samples:
         plans = [self.plan(row) for row in rows]
         # numbered over all batches: a sample does not depend on the others
         generators = row_generators(rows, torch.Generator().manual_seed(self.request.seed))
-        return Batch(self, rows, Writer(self.lm.model, plans, generators, progress, every))
+        doubles = plans[0].particles < plans[0].most_particles
+        kind = DoublingWriter if doubles else Writer
+        return Batch(self, rows, kind(self.lm.model, plans, generators, progress, every))
+
+    def check_count(self, rows: range, texts: Sequence[str]) -> None:
+        """UserError for a text that has reached its length before it has all words or sentences."""
+        if self.count is None:
+            return
+        for row, text in zip(rows, texts, strict=True):
+            found = len(self.count.ends(text, is_whole=True))
+            if found < self.count.number:
+                what = f"{self.count.unit} {self.count.number}: sample {row + 1} has {found}"
+                length = self.plan(row).num_tokens - self.plan(row).lead
+                raise UserError(f"{what} within the length of {length}: raise the length")
 
     def stream(self, row: int) -> TextStream:
         """A reader of the tokens of a sample, which looks for stops after its prompt."""
@@ -161,7 +168,7 @@ class Samples:
             start = len(tokenizer.decode(one.reading.tokens.tolist())) + left
         # with `past_end` the writing continues, but the text ends
         end = tokenizer.end if self.request.may_end else None
-        return TextStream(tokenizer, self.stops, start=start, end=end)
+        return TextStream(tokenizer, self.stops, start=start, end=end, count=self.count)
 
 
 class Batch:
@@ -201,13 +208,14 @@ class Batch:
         else:
             generation = self.writer.result.drop_context(one.lead)
         if generation.filled is not None:
-            # a template ends with its last piece
+            # a template ends with its last piece, and a text where a rule ends it
             ends = generation.filled.ends.tolist()
             for end, stream, tokens in zip(ends, streams, generation.tokens, strict=True):
-                stream.add(tokens if one.continues else tokens[:end])
+                stream.add(tokens if one.continues and not one.rules else tokens[:end])
         for stream in streams:
             stream.close()
         texts = [stream.text for stream in streams]
+        samples.check_count(self.rows, texts)
         self.written = Written(self.rows, texts, generation, streams, one.particles)
 
     def finish(self) -> "Written":
@@ -237,6 +245,15 @@ class Written:
         return [stream.length for stream in self.streams]
 
 
+def _remarks(request: Writing) -> Iterator[str]:
+    """What a user may have meant otherwise."""
+    words = [repr(words.strip()) for words in as_texts(request.without) if len(words) > 1]
+    if words:
+        yield f"without {', '.join(words)} as whole words; a single letter is a letter"
+    if any(map(has_gaps, as_texts(request.prompt or (), "prompt"))):
+        yield "the prompt is continued as it is: gaps and blanks are filled in with --template"
+
+
 def write_texts(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
     """The texts: `num` of every prompt or template, in order."""
     if () in (request.prompt, request.template):
@@ -244,120 +261,3 @@ def write_texts(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -
     samples = Samples(request, lm)
     progress.stage("sampling, tokens", samples.num_tokens)
     return [text for batch in samples.batches(progress) for text in batch.texts]
-
-
-def plans(
-    request: Writing,
-    lm: Checkpoint,
-    past_end: bool = False,
-    given: Sequence[Reading] | None = None,
-) -> list[Plan]:
-    """A plan for every prompt, for every template, or for free samples.
-
-    `past_end` and the `given` prompts as in `Samples`. UserError for texts that the model cannot
-    read, and for options without effect.
-    """
-    if request.without:
-        allowed = tokens_without(lm.tokenizer, request.without)
-        request = replace(request, without="", allowed=allowed)
-    how = request.normalize
-    prompts = as_texts(request.prompt or (), "prompt")
-    is_constrained = request.contains is not None or request.allowed is not None
-    draws = lm.model.is_exact or as_flow(lm.model).is_single_mixd
-    draws &= request.decoder != "sweeps"
-    # only where tokens are drawn by their weights can the next one be made to begin with a space
-    goes_on = lm.model.config.patch == 1 and (draws or is_constrained)
-    readings = given or [
-        read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=goes_on)
-        for prompt in prompts
-    ]
-    if request.template is not None:
-        readings = [
-            read_template(lm.tokenizer, template, request.blank, normalize=how)
-            for template in as_texts(request.template, "template")
-        ]
-    if request.particles is not None and not readings and not is_constrained:
-        what = f"particles {request.particles}: nothing is given by which to weight them"
-        raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
-    words = None
-    if request.contains is not None:
-        wanted = f" {request.contains.strip()}"
-        words = read(lm.tokenizer, wanted, name="contains", normalize=how)
-        words = replace(words, begins=tokens_after_word(lm.tokenizer))
-    return [
-        _of_reading(request, lm, one, words, past_end, draws) for one in (*readings,) or (None,)
-    ]
-
-
-def _of_reading(
-    request: Writing,
-    lm: Checkpoint,
-    reading: Reading | None,
-    words: Reading | None,
-    past_end: bool,
-    draws: bool,
-) -> Plan:
-    """The plan of a prompt, a template or a free text; `words` are added unless it has them.
-
-    `draws`: whether tokens are drawn by their weights where nothing is constrained.
-    """
-    tokenizer = lm.tokenizer
-    is_template = request.template is not None
-    allowed = cast(Allowed | None, request.allowed)
-    # an end of document before a free sample, so that it begins a new document; it is hidden
-    is_new = reading is None and tokenizer.end is not None
-    lead = torch.tensor([tokenizer.end] if is_new else []).long()
-    count = 0 if reading is None else len(reading.tokens)
-    is_one_window = past_end or allowed is not None or words is not None
-    shown = _length(request, count, lm.model.config.context, len(lead), is_one_window)
-    template: list[Tensor | Gap] = [lead]
-    if reading is not None:
-        template += reading.parts or [reading.tokens]
-        if not is_template and count >= shown:
-            notice = "" if reading.notice is None else f"; {reading.notice}"
-            raise UserError(f"{no_room(count, shown)}{notice}")
-    text = "" if reading is None else reading.text
-    begins = None if reading is None else reading.begins
-    whole = "" if words is None else rf"(?<!\w){re.escape(words.text.strip())}"
-    is_added = words is not None and not re.search(rf"{whole}(?!\w)", text)
-    if words is not None and is_added:
-        room = shown - count - len(words.tokens)
-        if room < 0:
-            what = f"contains {request.contains!r}: with the prompt it has {-room} tokens more"
-            raise UserError(f"{what} than the length of {shown}: raise the length")
-        template += [Gap(room, least=0, begins=begins, once=True), words.tokens]
-        begins = words.begins
-    elif words is not None and begins is None and re.search(rf"{whole}\Z", text):
-        begins = words.begins
-    # the probability of such tokens weighs particles, and is all that stacks can be told
-    if begins is not None and not is_added and (not draws or (request.particles or 1) > 1):
-        template.append(Gap(shown - count, least=shown - count, begins=begins))
-    if request.temperature is None and lm.model.config.takes_temperature:
-        request = replace(request, temperature=lm.run.temperature)
-        # a constraint may need improbable tokens, all of which top-p could drop
-        is_free = allowed is None and not is_template and all(map(torch.is_tensor, template))
-        if request.top_p is None and is_free:
-            request = replace(request, top_p=lm.run.top_p)
-    found = plan(
-        lm.model,
-        template,
-        request,
-        num_tokens=len(lead) + shown,
-        allowed=allowed,
-        # tokens between given pieces belong to the same document
-        banned=tokenizer.end if is_template or is_added else None,
-        end=tokenizer.end if request.may_end and not past_end else None,
-        lead=len(lead),
-        continues=not is_template or request.length is not None,
-    )
-    return replace(found, reading=reading, begins=begins)
-
-
-def _length(request: Writing, count: int, context: int, lead: int, is_one_window: bool) -> int:
-    """Tokens of a text without its lead; `count` are in its prompt or template."""
-    asked = request.length
-    if request.max_new_tokens is not None:
-        asked = count + request.max_new_tokens
-    if asked is not None:
-        return asked - (lead if is_one_window and asked == context > 1 else 0)
-    return count if request.template is not None else max(1, context - lead)

@@ -19,7 +19,7 @@ from tarflowlm.generation.decoder import Drawing
 from tarflowlm.generation.gaps import GapFilter
 from tarflowlm.generation.inverse import begin, draws_last, invert_stack, settled_by
 from tarflowlm.generation.inversion import Inversion
-from tarflowlm.generation.particles import ParticleFilter, UpperBlocks, completing
+from tarflowlm.generation.particles import ParticleFilter, UpperBlocks, completing, is_rough
 from tarflowlm.generation.plan import Plan
 from tarflowlm.generation.sampling import (
     BLANK,
@@ -113,6 +113,31 @@ class Writer:
                     for work in zip(*(one.work for one in windows), strict=True)
                 ),
             )
+
+
+class DoublingWriter(Writer):
+    """A writer of several particles, which yields whole texts.
+
+    A sample whose choice among its particles is rough is written again with twice as many, and so
+    on up to the most of its plan.
+    """
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in super().__iter__():
+            pass
+        evidence = self.result.evidence
+        for row, is_due in enumerate([] if evidence is None else is_rough(evidence).tolist()):
+            plan = self.plans[row]
+            if not is_due or plan.particles == plan.most_particles:
+                continue
+            twice = replace(plan, particles=min(2 * plan.particles, plan.most_particles))
+            # a sample goes on with its own generator, so it does not depend on the others
+            generators = self.noise.generators[row : row + 1]
+            again = DoublingWriter(self.model, [twice], generators, Meter(self.progress, 0, 1))
+            for _ in again:
+                pass
+            self.result = self.result.with_row(row, again.result)
+        yield self.result.tokens.cpu()
 
 
 def write(

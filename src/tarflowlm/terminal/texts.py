@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import counted
-from tarflowlm.generation.particles import UNRELIABLE
+from tarflowlm.generation.particles import is_rough
 from tarflowlm.generation.sampling import Evidence
 from tarflowlm.generation.texts import Written
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -66,21 +66,19 @@ def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> 
         evidence = generation.evidence
         if written.particles == 1 or evidence is None:
             continue
-        print_notice(f"  {trust(evidence, slice(row, row + 1), written.particles)}")
+        print_notice(f"  {trust(evidence, slice(row, row + 1))}")
 
 
-def trust(evidence: Evidence, rows: slice, particles: int, remedy: str = "raise particles") -> str:
+def trust(evidence: Evidence, rows: slice, remedy: str | None = None) -> str:
     """How many candidates the choice of a text rests on; the least and the most of several."""
+    R = evidence.particles[rows]
     # of gaps each length is a candidate
-    ess, tails = evidence.ess[rows].clamp(max=particles), evidence.pareto_k[rows]
+    ess = evidence.ess[rows].clamp(max=R)
     counts = dict.fromkeys((f"{ess.min():.1f}", f"{ess.max():.1f}"))
-    words = f"rests on about {' to '.join(counts)} independent candidates of {particles}"
-    # 4 are few by any measure; tails of few particles are NaN, and tell nothing
-    if round(ess.min().item(), 1) < 4:
-        return f"{words}, which is rough; {remedy}"
-    if (tails > UNRELIABLE).any():
-        return f"{words}, but a few far outweigh the rest, which is rough; {remedy}"
-    return words
+    words = f"rests on about {' to '.join(counts)} independent candidates of {R.max()}"
+    if not is_rough(evidence)[rows].any():
+        return words
+    return f"{words}, which is rough; {remedy or f'try --particles {4 * R.max()}'}"
 
 
 def samples_to_json(
@@ -96,7 +94,7 @@ def samples_to_json(
             cut = [one[row, : written.lengths[row]] for one in shown]
             sample["passes"] = [lm.tokenizer.decode(tokens.tolist()) for tokens in cut]
         if generation.evidence is not None and written.particles > 1:
-            for name in ("log_evidence", "ess", "draws", "pareto_k"):
+            for name in ("log_evidence", "ess", "draws", "pareto_k", "particles"):
                 sample[name] = getattr(generation.evidence, name)[row].item()
         if generation.filled is not None and generation.filled.lengths:
             sample["lengths"] = [one[row].tolist() for one in generation.filled.lengths]

@@ -2,6 +2,7 @@
 
 import codecs
 import math
+import re
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -16,7 +17,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data.prompts import Gap, Reading, TextStream, read
+from tarflowlm.data.prompts import GAP, Gap, Reading, TextStream, read
 from tarflowlm.data.windows import spans
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.evaluation.scores import score
@@ -87,7 +88,7 @@ class Completion(Checked):
         gap = None
         if self.suffix:
             gap = f"{prompts[0]}[...{self.max_tokens}]{self.suffix}"
-            if gap.count("[...") > 1 or BLANK in gap:
+            if len(re.findall(GAP, gap)) > 1 or gap.count("[...") > 1 or BLANK in gap:
                 marks = f"'[...' or {BLANK!a}, a mark of a blank"
                 raise UserError(f"prompt or suffix has {marks}: change it")
         is_free = not any(prompts)

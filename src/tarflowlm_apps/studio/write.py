@@ -26,7 +26,7 @@ from tarflowlm_apps.studio.job import Job
 
 T = TypeVar("T")
 
-MEASURES = "ess", "pareto_k"
+MEASURES = "ess", "pareto_k", "particles"
 LOOSELY = "With one candidate this model mostly ignores the given text: see Infill for blanks."
 MORE = "Infill can take more particles"
 
@@ -124,7 +124,7 @@ def _samples(
         shown = text_tokens(tokens, lm.tokenizer, {"given": mask})
         rests = []
         if generation.evidence is not None and found.particles > 1:
-            ground = trust(generation.evidence, slice(row, row + 1), found.particles, MORE)
+            ground = trust(generation.evidence, slice(row, row + 1), MORE)
             rests = [f"This text {ground}."]
         cards.append(
             pieces.card(
@@ -291,9 +291,8 @@ def _candidates(batches: list[Written]) -> str:
     evidence = [one for one in found if one is not None]
     if not evidence or particles == 1:
         return ""
-    ess, tails = (torch.cat([getattr(one, name) for one in evidence]) for name in MEASURES)
-    every = replace(evidence[0], ess=ess, pareto_k=tails)
-    return f" Each try {trust(every, slice(None), particles)}."
+    every = {name: torch.cat([getattr(one, name) for one in evidence]) for name in MEASURES}
+    return f" Each try {trust(replace(evidence[0], **every), slice(None))}."
 
 
 def _fillings(samples: Samples, batches: list[Written]) -> Iterator[tuple[Token, ...]]:

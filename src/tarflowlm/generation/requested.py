@@ -1,0 +1,219 @@
+"""A request as plans: one for every prompt, for every template, or for free samples."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tarflowlm.data.counting import Count, words_pattern
+from tarflowlm.data.prompts import (
+    Gap,
+    Reading,
+    read,
+    read_template,
+    tokens_after_word,
+    tokens_without,
+)
+from tarflowlm.errors import UserError
+from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
+from tarflowlm.generation.rules import Enough, Forbidden, Matching, Rule
+from tarflowlm.model import as_flow
+from tarflowlm.requests import Writing, as_texts
+from tarflowlm.runs.checkpoint import Checkpoint
+
+LENGTHS = {"words": 64, "sentences": 512}
+"""Tokens that a word or a sentence has at most, in the mean of a text."""
+MOST_PARTICLES = 64
+"""The default number of particles is doubled up to this, while a choice among them is rough."""
+
+
+def plans(
+    request: Writing,
+    lm: Checkpoint,
+    past_end: bool = False,
+    given: Sequence[Reading] | None = None,
+) -> list[Plan]:
+    """A plan for every prompt, for every template, or for free samples.
+
+    `past_end` and the `given` prompts as in `Samples`. UserError for texts that the model cannot
+    read, and for options without effect.
+    """
+    how = request.normalize
+    prompts = as_texts(request.prompt or (), "prompt")
+    allowed, rules = _constraints(request, lm)
+    is_constrained = bool(request.contains or request.matches or rules) or allowed is not None
+    draws = lm.model.is_exact or as_flow(lm.model).is_single_mixd
+    draws &= request.decoder != "sweeps"
+    # only where tokens are drawn by their weights can the next one be made to begin with a space
+    goes_on = lm.model.config.patch == 1 and (draws or is_constrained)
+    readings = given or [
+        read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=goes_on)
+        for prompt in prompts
+    ]
+    if request.template is not None:
+        readings = [
+            read_template(lm.tokenizer, template, request.blank, normalize=how)
+            for template in as_texts(request.template, "template")
+        ]
+    if request.particles is not None and not readings and not is_constrained:
+        what = f"particles {request.particles}: nothing is given by which to weight them"
+        raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
+    if is_constrained and request.count is not None:
+        rules = (*rules, Enough(lm.tokenizer, cast(Count, count_of(request, lm))))
+    after = tokens_after_word(lm.tokenizer) if request.contains else None
+    words = [
+        replace(read(lm.tokenizer, f" {one.strip()}", name="contains", normalize=how), begins=after)
+        for one in as_texts(request.contains, "contains")
+    ]
+    request = replace(request, without=(), allowed=allowed)
+    return [
+        _of_reading(request, lm, one, words, rules, past_end, draws)
+        for one in (*readings,) or (None,)
+    ]
+
+
+def _constraints(request: Writing, lm: Checkpoint) -> tuple[Allowed | None, tuple[Rule, ...]]:
+    """The tokens that may be drawn, and the rules."""
+    given = [one for one in as_texts(request.without, "without") if one]
+    letters = "".join(one for one in given if len(one) == 1)
+    words = [one for one in given if len(one) > 1]
+    allowed = cast(Allowed | None, request.allowed)
+    rules: list[Rule] = []
+    if letters:
+        allowed = tokens_without(lm.tokenizer, letters)
+    if words:
+        how = request.normalize
+        texts = [read(lm.tokenizer, one, name="without", normalize=how).text for one in words]
+        pattern = words_pattern([text.strip() for text in texts])
+        for one in as_texts(request.contains, "contains"):
+            if pattern.search(read(lm.tokenizer, one, name="contains", normalize=how).text):
+                raise UserError(f"contains {one!r}: has a word that is not to come; leave one out")
+        rules.append(Forbidden(lm.tokenizer, [text.strip() for text in texts]))
+    return allowed, tuple(rules)
+
+
+def _of_reading(
+    request: Writing,
+    lm: Checkpoint,
+    reading: Reading | None,
+    words: Sequence[Reading],
+    rules: Sequence[Rule],
+    past_end: bool,
+    draws: bool,
+) -> Plan:
+    """The plan of a prompt, a template or a free text; `words` are added unless it has them.
+
+    `draws`: whether tokens are drawn by their weights where nothing is constrained.
+    """
+    tokenizer = lm.tokenizer
+    is_template = request.template is not None
+    allowed = cast(Allowed | None, request.allowed)
+    # an end of document before a free sample, so that it begins a new document; it is hidden
+    is_new = reading is None and tokenizer.end is not None
+    lead = torch.tensor([tokenizer.end] if is_new else []).long()
+    given = 0 if reading is None else len(reading.tokens)
+    is_one_window = past_end or allowed is not None or bool(words or rules or request.matches)
+    shown = _length(request, given, lm.model.config.context, len(lead), is_one_window)
+    template: list[Tensor | Gap] = [lead]
+    if reading is not None:
+        template += reading.parts or [reading.tokens]
+        if not is_template and given >= shown:
+            notice = "" if reading.notice is None else f"; {reading.notice}"
+            raise UserError(f"{no_room(given, shown)}{notice}")
+    text = "" if reading is None else reading.text
+    begins = None if reading is None else reading.begins
+    if request.matches is not None:
+        rules = (*rules, Matching(tokenizer, request.matches, after_space=begins is not None))
+    if (count := count_of(request, lm)) is not None and count.end(text, is_whole=True) is not None:
+        raise UserError(f"{count.unit} {count.number}: the prompt has as many; ask for more")
+    # a word of the prompt does not go on, and neither does one that is added
+    ends = next((one for one in words if re.search(rf"{_start(one)}\Z", text)), None)
+    if begins is None and ends is not None:
+        begins = ends.begins
+    added = _added(words, text)
+    if added:
+        room = shown - given - sum(len(one.tokens) for one in added)
+        if room < 0:
+            wanted = ", ".join(repr(one.text.strip()) for one in added)
+            what = f"contains {wanted}: with the prompt it has {-room} tokens more"
+            raise UserError(f"{what} than the length of {shown}: raise the length")
+        for one in added:
+            template += [Gap(room, least=0, begins=begins, once=True), one.tokens]
+            begins = one.begins
+    # the probability of such tokens weighs particles, and is all that stacks can be told
+    if begins is not None and not added and (not draws or (request.particles or 1) > 1):
+        template.append(Gap(shown - given, least=shown - given, begins=begins))
+    top_p = None
+    if request.temperature is None and lm.model.config.takes_temperature:
+        request = replace(request, temperature=lm.run.temperature)
+        if request.top_p is None and not is_template:
+            is_free = allowed is None and not rules and all(map(torch.is_tensor, template))
+            if is_free:
+                request = replace(request, top_p=lm.run.top_p)
+            else:
+                top_p = lm.run.top_p
+    found = plan(
+        lm.model,
+        template,
+        request,
+        num_tokens=len(lead) + shown,
+        allowed=allowed,
+        rules=rules,
+        top_p=top_p,
+        most_particles=MOST_PARTICLES,
+        # tokens between given pieces belong to the same document, and so do counted words
+        banned=tokenizer.end if is_template or added or request.count else None,
+        end=tokenizer.end if request.may_end and not past_end else None,
+        lead=len(lead),
+        continues=not is_template or request.length is not None,
+    )
+    return replace(found, reading=reading, begins=begins)
+
+
+def _start(words: Reading) -> str:
+    """A pattern of words that may go on."""
+    return rf"(?<!\w){re.escape(words.text.strip())}"
+
+
+def _added(words: Sequence[Reading], text: str) -> list[Reading]:
+    """The words that a text does not have yet, each once, without those that are part of others."""
+    added: list[Reading] = []
+    for one in sorted(words, key=lambda one: -len(one.text)):
+        given = [text, *(other.text for other in added)]
+        if not any(re.search(rf"{_start(one)}(?!\w)", other) for other in given):
+            added.append(one)
+    return added
+
+
+def _length(request: Writing, given: int, context: int, lead: int, is_one_window: bool) -> int:
+    """Tokens of a text without its lead; those `given` are in its prompt or template."""
+    asked = request.length
+    if request.max_new_tokens is not None:
+        asked = given + request.max_new_tokens
+    if asked is not None:
+        return asked - (lead if is_one_window and asked == context > 1 else 0)
+    if request.template is not None:
+        return given
+    length = max(1, context - lead)
+    if request.count is None or is_one_window:
+        return length
+    unit, number = request.count
+    return max(length, given + LENGTHS[unit] * number)
+
+
+def count_of(request: Writing, lm: Checkpoint) -> Count | None:
+    """When a text of so many words or sentences is over; None where neither is asked for.
+
+    UserError for an alphabet without full stops.
+    """
+    if request.count is None:
+        return None
+    unit, number = request.count
+    signs = b"".join(lm.tokenizer.token_bytes)
+    if unit == "sentences" and b"." not in signs:
+        what = f"sentences {number}: the alphabet of this model has no full stop"
+        raise UserError(f"{what}; count words, or take another model, such as english-small")
+    return Count(unit, number, has_capitals=signs != signs.lower())
