@@ -68,6 +68,9 @@ PARSED = {
     "replace": Edit(text="a b", replace=("a", "b c")),
     "rewrite": Edit(text="-a b", rewrite=("-a", "b")),
     "score": Score(text="a b", samples=2),
+    "scores": Score(text=("a b", "-c")),
+    "words": Writing(prompt="a", contains=("b", "c d"), without=("e", "-f"), sentences=2),
+    "regex": Writing(matches="[a-z]+", num_tokens=8),
     "evaluation": Evaluation(data="a b\nc", split="all"),
 }
 
@@ -79,7 +82,9 @@ def test_the_command_of_a_request_is_read_as_the_request(name):
     args = parse(command_module(command).Args, words, command)
     found = args if isinstance(request, Evaluation) else getattr(args, KINDS[type(request)])
     assert all(
-        as_texts(theirs) == as_texts(ours) if isinstance(ours, tuple) else theirs == ours
+        as_texts(theirs) == as_texts(ours)
+        if tuple in (type(ours), type(theirs))
+        else theirs == ours
         for theirs, ours in ((getattr(found, one), getattr(request, one)) for one in vars(request))
     )
 
@@ -94,7 +99,6 @@ KINDS = {Writing: "writing", Edit: "edit", Score: "score"}
         (Writing, {"prompt": ("a b", "c")}, "prompt of 2 texts .*of each"),
         (Writing, {"template": ("_b", "c_")}, "template of 2 texts .*of each"),
         (Writing, {"prompt": ()}, "prompt of 0 texts"),
-        (Score, {"text": ("a", "b")}, "text of 2 texts .*of each"),
         (Evaluation, {"data": ("a", "b")}, "data of 2 texts .*of each"),
         (Writing, {"allowed": torch.ones(27, dtype=torch.bool)}, "allowed .*leave it out"),
     ],

@@ -284,6 +284,29 @@ def test_score_gives_the_bits_of_every_token(run_json, run, models, monkeypatch)
     assert "\x1b[" in run(*argv).out
 
 
+def test_several_texts_are_compared(run_json, run, models, monkeypatch):
+    argv = ["score", models["ar"], "--text", "the king", "--text", "a cat"]
+    found = run_json(*argv)["texts"]
+    for one, text in zip(found, ("the king", "a cat"), strict=True):
+        assert "".join(token["text"] for token in one["tokens"]) == text
+        assert one == run_json(*argv[:2], "--text", text)
+    shown = run(*argv).out
+    assert "\tthe king\n" in shown
+    assert all(f"= {one['bits']:,.2f}" in shown for one in found)
+    monkeypatch.setattr("tarflowlm.cli.score.MOST_TOKENS", 4)
+    done = run(*argv)
+    assert "the king\n" not in done.out
+    assert "--json" in done.err
+
+
+def test_a_character_of_several_tokens_is_shown_whole(run, run_json):
+    argv = ["score", "english-small-ar", "--text", "The müller"]
+    lines = dict(line.split("\t") for line in run(*argv).out.splitlines()[1:] if "\t" in line)
+    parts = [one["bits"] for one in run_json(*argv)["tokens"] if "\\x" in one["text"]]
+    assert len(parts) == 2
+    assert float(lines["ü"]) == pytest.approx(sum(parts), abs=1e-3)
+
+
 def test_option_file_and_standard_input_give_one_score(run, run_json, model, tmp_path, monkeypatch):
     text = "The King,\n17!"
     argv = ["score", model, "--samples", 1]
@@ -363,6 +386,14 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     assert "± 0.0000 (test) over 2 seeds: a/finished, again" in shown.err + shown.out
     monkeypatch.setenv("COLUMNS", "56")
     assert f"<= {rows['a/finished']['bpc']:.4f} *" in run("runs", tmp_path).out
+    # a run that is ahead before its test is compared by validations
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["bpc"] /= 2
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    rows = run_json("runs", tmp_path / "a", tmp_path / "again", tmp_path / "stopped")["runs"]
+    assert [row["name"] for row in rows if row["best"]] == ["stopped"]
     with writer_lock(tmp_path / "stopped"):
         assert run_json("runs", tmp_path / "stopped")["runs"][0]["state"].startswith("training now")
 

@@ -5,7 +5,9 @@ import itertools
 import json
 import shutil
 from dataclasses import is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_lowercase
 from typing import get_args, get_type_hints
 
 import pytest
@@ -57,6 +59,9 @@ GIVEN = {
     "template": ["a_"],
     "contains": ["a"],
     "without": ["a"],
+    "matches": ["a"],
+    "sentences": ["2"],
+    "words": ["2"],
     "out": ["OUT"],
     "particles": ["2"],
     "stop": ["a"],
@@ -71,6 +76,7 @@ PAIRS = [
     for other in others
     if other != "allowed"  # an option of Python alone
 ]
+HAS_REGEX = find_spec("llguidance") is not None
 BYTES = "\udcff\udcfe"
 """How Python keeps arguments that are not UTF-8."""
 TRAIN = ["train", "mini-mixd", "--out", "OUT", "--data", "TEXT", *TINY]
@@ -118,7 +124,11 @@ LINES = [
     ([*SAMPLE, "--template", "the [... end"], ["[... end", "[...12]"]),
     ([*SAMPLE, "--template", "the end [...]"], ["ends in a gap", "prompt"]),
     ([*SAMPLE, "--template", "the [...20] end"], ["16"]),
-    ([*SAMPLE, "--without", "abcdefghijklmnopqrstuvwxyz"], ["without", "no letters"]),
+    ([*SAMPLE, *(f"--without={one}" for one in ascii_lowercase)], ["without", "no letters"]),
+    ([*SAMPLE, "--matches", "("], ["matches '('" if HAS_REGEX else "llguidance"]),
+    (["score", "flow", "--text", "a", "--text", "b", "--baseline", "ar"], ["2 texts", "baseline"]),
+    (["sample", "Once upon a time"], ["--prompt"]),
+    (["train", "--resume", "flow", "--minutes", "5"], ["--minutes", "--from"]),
     ([*SAMPLE, "--contains", "king of the land", "--length", "9"], ["king of", "length of 9"]),
     ([*SAMPLE, "--contains", "a", "--length", "17"], ["17", "16"]),
     ([*SAMPLE, "--seed", str(2**80)], [f"seed {2**80}"]),
@@ -213,6 +223,12 @@ def test_closed_standard_input_costs_one_line(refused, complete, monkeypatch, ar
 def test_a_file_without_texts_costs_one_line(refused, model, tmp_path):
     (tmp_path / "spaces.txt").write_text(" \n\n", encoding="utf-8")
     refused("score", model, "--texts", tmp_path / "spaces.txt", names=["spaces.txt", "no text"])
+
+
+def test_a_table_is_no_text(refused, complete, tmp_path):
+    (tmp_path / "texts.csv").write_text("id,text\n" + "1,a cat\n" * 99, encoding="utf-8")
+    for argv in ([*EVAL, "--data", "texts.csv"], ["data", "texts.csv", "--out", "OUT"]):
+        refused(*complete(argv), names=["texts.csv is a table", ".jsonl"])
 
 
 def test_a_line_that_cannot_be_scored_is_named(refused, model, tmp_path):
