@@ -54,20 +54,11 @@ class TextWriter(llm.Model):  # type: ignore[misc]
 
         if prompt.system:
             raise UserError("system prompt: the model follows no instructions, leave it out")
-        options = prompt.options
-        seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+        options = prompt.options.model_dump(exclude_none=True)
+        name = options.pop("model", DEFAULT)
+        seed = options.setdefault("seed", secrets.randbelow(2**32))
         response.response_json = {"seed": seed}
-        return loaded(options.model or DEFAULT).stream(
-            prompt.prompt or None,
-            template=options.template,
-            contains=options.contains,
-            without=options.without,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            num_tokens=options.length,
-            seed=seed,
-        )
+        return loaded(name).stream(prompt.prompt or None, **options)
 
 
 @cache
