@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from training_cases import go, same_weights, tiny_run
 
 from helpers import metrics_of
+from tarflowlm.config import OptimConfig
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.flow.transformer import PreNormLayer
 from tarflowlm.model import TarFlowLM, seeded
@@ -115,6 +116,24 @@ def test_metrics_lines_have_the_documented_keys(finished):
     assert [line["step"] for line in valid if line["block"] == 2] == [3, 4, 5]
     kept = [min(line["bpc"] for line in valid if line["block"] == block) for block in (1, 2, 3)]
     assert kept == summary["stage_valid_bpc"]
+
+
+@pytest.mark.slow
+def test_texts_of_a_run_are_by_its_present_weights(tmp_path, corpus_file, request):
+    """Also where compiled steps read packed weights, which fused steps of AdamW do not mark as
+    changed.
+    """
+    config = tiny_run(corpus_file, mode="joint", stage_steps=(6,), evaluate_every=2)
+    config = replace(config, optim=OptimConfig(optimizer="adamw", lr=0.3))
+    go(config, tmp_path / "plain")
+    request.getfixturevalue("compiled_steps")
+    go(config, tmp_path / "compiled")
+    plain, packed = (
+        [line["text"] for line in metrics_of(tmp_path / name) if line["split"] == "valid"]
+        for name in ("plain", "compiled")
+    )
+    assert plain == packed
+    assert len(set(plain)) > 2
 
 
 def test_one_window_has_no_standard_error_and_json_no_nan(tmp_path, corpus_file):
