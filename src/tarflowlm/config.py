@@ -254,7 +254,9 @@ class TrainConfig(Checked):
     log_every: Count = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: Count = 500
-    """Steps between evaluations on the validation split."""
+    """Steps between evaluations on the validation split. With `minutes`, one comes after every
+    tenth of the time as well.
+    """
     evaluate_windows: Count = 64
     """Sequences of the validation split per evaluation."""
     test_windows: Whole = 0

@@ -1,13 +1,15 @@
 """Runs that are given time instead of steps, by a clock that is moved by hand."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from training_cases import cut, resume, tiny_run
 
 from tarflowlm.config import TrainConfig
 from tarflowlm.runs.checkpoint import read_run
-from tarflowlm.training.pace import measure_pace
+from tarflowlm.training import pace
+from tarflowlm.training.pace import find_due, measure_pace
 from tarflowlm.training.run import Counters
 
 
@@ -39,6 +41,31 @@ def test_a_later_stage_without_time_for_its_steps_is_left_out():
     counters = Counters(step=250, stage=1, stage_start=5000.0, evaluation=1e-6)
     measure_pace(train, counters, 5000.0, 10)
     assert counters.stage_is_over
+
+
+@pytest.mark.parametrize(
+    # of one evaluation; they take a tenth of the time at most
+    ("seconds", "least", "most"),
+    [(0.1, 9, 10), (12.0, 4, 5)],
+)
+def test_a_run_by_minutes_is_evaluated_about_ten_times(monkeypatch, seconds, least, most):
+    train = TrainConfig(minutes=10.0, evaluate_every=10**6, checkpoint_every=10**6)
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=train),
+        counters=Counters(evaluation=seconds),
+        device=SimpleNamespace(type="cpu"),
+        stop_requested=lambda: None,
+    )
+    found = 0
+    for step in range(1, 600):
+        now = step + found * seconds
+        monkeypatch.setattr(pace, "seconds", lambda run, now=now: now)
+        run.counters.step = step
+        if now < 600 and find_due(run).save and run.counters.evaluation_is_due:
+            found += 1
+            run.counters.evaluated = now + seconds
+        run.counters.total = now
+    assert least <= found <= most
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What a run measures with its weights: in validations, and at its end."""
 
+import math
 import platform
 from contextlib import suppress
 from dataclasses import replace
@@ -23,8 +24,8 @@ from tarflowlm.training.pace import num_test_windows, seconds, update_pace
 from tarflowlm.training.parallel import reshard
 from tarflowlm.training.run import Run
 
-SHOWN = 40
-"""Tokens of a text."""
+SHOWN = 160
+"""Characters of a text, in the mean."""
 
 
 def validate(run: Run) -> Likelihood:
@@ -60,7 +61,8 @@ def validate(run: Run) -> Likelihood:
         counters.stalled = 0
         save_best(run)
     counters.evaluation_is_due = False
-    counters.evaluation = seconds(run) - start
+    counters.evaluated = seconds(run)
+    counters.evaluation = counters.evaluated - start
     counters.per_window = (evaluated - start) / len(windows)
     update_pace(run)
     return result
@@ -162,12 +164,13 @@ def text_so_far(run: Run) -> str:
     Empty in other processes than the first, for weights that are sharded or not finite, and for
     models that cannot write so little.
     """
-    config, model = run.config, run.model
+    config, model, corpus = run.config, run.model, run.corpus
     if not run.processes.first or run.is_sharded:
         return ""
+    wanted = math.ceil(SHOWN * corpus.num_tokens("train") / corpus.num_characters("train"))
     patch = config.model.patch
-    request = Writing(num=1, length=min(SHOWN, config.model.context) // patch * patch, seed=0)
-    lm = Checkpoint(model, run.corpus.tokenizer, config, {}, run.out)
+    request = Writing(num=1, length=min(wanted, config.model.context) // patch * patch, seed=0)
+    lm = Checkpoint(model, corpus.tokenizer, config, {}, run.out)
     text = ""
     model.eval()
     with averaged(run.copies, model), suppress(UserError):

@@ -12,6 +12,10 @@ STEPS_BETWEEN_READS = {"cuda": 16}
 """Steps after which the host waits for the losses of a device, and asks whether to stop."""
 TEST_SHARE = 0.15
 """The largest share of a run's time that the final test may take."""
+VALIDATIONS = 10
+"""The number of times that a run with a time limit is evaluated, at least about."""
+EVALUATION_SHARE = 0.1
+"""The largest share of its time that these evaluations take."""
 LEAST_STEPS = 36
 """A stage after the first needs time for this many steps, or it is left out: fewer do harm."""
 
@@ -90,12 +94,19 @@ def find_due(run: Run) -> Due:
     """What is due after the step that was just taken. Collective.
 
     An evaluation, which the counters note, comes before the next step, with a checkpoint and a line
-    of the log before it. Under a time limit a checkpoint is due once a minute as well.
+    of the log before it. Under a time limit an evaluation is due after every tenth of the time as
+    well, and a checkpoint once a minute.
     """
     train, counters = run.config.train, run.counters
     every = STEPS_BETWEEN_READS.get(run.device.type, 1)
     stop = run.stop_requested() if counters.step % every == 0 else None
     evaluates = counters.stage_is_over or counters.step % train.evaluate_every == 0
+    saves = counters.step % train.checkpoint_every == 0
+    if train.minutes:
+        now = seconds(run)
+        wait = max(60 * train.minutes / VALIDATIONS, counters.evaluation / EVALUATION_SHARE)
+        evaluates |= now - counters.evaluated > wait
+        saves |= now - counters.total > 60.0
     counters.evaluation_is_due = evaluates
     # a run is extended from the last step with the full rate
     is_last = counters.stage == run.config.num_stages - 1
@@ -103,10 +114,7 @@ def find_due(run: Run) -> Due:
     falls = run.has_full_rate and next_share > 1 - run.config.optim.decay
     return Due(
         log=evaluates or counters.step % train.log_every == 0,
-        save=evaluates
-        or (is_last and falls)
-        or counters.step % train.checkpoint_every == 0
-        or (train.minutes > 0 and seconds(run) - counters.total > 60.0),
+        save=evaluates or saves or (is_last and falls),
         stop=stop,
     )
 

@@ -45,6 +45,7 @@ class Counters:
     total: float = 0.0  # from the start to the newest checkpoint; a kill loses the time after it
     stage_start: float = 0.0  # `total` when the stage began
     evaluation: float = 0.0  # duration of the newest validation
+    evaluated: float = 0.0  # from the start to its end
     per_window: float = 0.0  # of it, for one window
 
     @property
