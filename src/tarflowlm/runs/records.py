@@ -53,6 +53,8 @@ class RunRecord:
     """Columns of its training lines, and `seconds`, the time up to each. An export has no lines."""
     valid: dict[str, Series]
     """Columns of its validation lines, and `seconds`."""
+    texts: list[str]
+    """What it wrote at each validation; empty where it wrote nothing."""
     summary: Summary | None
     """None until the run is finished."""
     notes: list[str] = field(default_factory=list)
@@ -103,6 +105,7 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
     except (TypeError, LookupError, ValueError):
         raise UserError(f"{path} is damaged: restore it, or remove it for a run without") from None
     train, valid = columns
+    texts = [str(line.get("text", "")) for line in lines if line["split"] == "valid"]
     steps, speed = np.diff(train["tokens"], prepend=0), train["tokens_per_second"]
     # the first step of a compiled run is not timed
     seconds = np.cumsum(np.divide(steps, speed, out=np.zeros_like(speed), where=speed > 0))
@@ -112,4 +115,4 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
         remedy = f"wait, or continue it by `{resume_command(directory)}`"
         raise UserError(f"{directory} has no logged step yet: {remedy}")
     name = name or directory.resolve().name
-    return RunRecord(name, directory, run, train, valid, read_summary(directory))
+    return RunRecord(name, directory, run, train, valid, texts, read_summary(directory))

@@ -122,21 +122,26 @@ def bar(share: float) -> str:
     return div("st-bar", f'<i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i>')
 
 
-def slider(rows: Sequence[Row], *, is_open: bool) -> str:
-    """A slider over passes; one that `is_open` goes through them once by itself.
+def slider(
+    rows: Sequence[Row], name: str, summary: str, *, is_open: bool = False, is_kept: bool = False
+) -> str:
+    """A slider over texts, such as passes; one that `is_open` goes through them once by itself, and
+    one that `is_kept` stays where the reader has left it when the page is drawn again.
 
-    The chosen pass is on the stage of the same card, all of them are below.
+    The chosen text is on the stage of the same card, all of them are below a `summary`.
     """
     last = len(rows) - 1
-    plays = " data-play" if is_open else ""
+    ways = f"{' data-play' if is_open else ''}{' data-kept' if is_kept else ''}"
     control = (
         f'<input type="range" min="0" max="{last}" value="{last}" step="1" '
-        f'aria-label="pass"{plays}><output>{escape(rows[-1].label)}</output>'
+        f'aria-label="{escape(name)}"{ways}><output>{escape(rows[-1].label)}</output>'
     )
     opened = " open" if is_open else ""
-    below = "<summary>how it was written, block by block</summary>"
-    below += div("st-rows", to_html(rows))
+    below = f"<summary>{escape(summary)}</summary>" + div("st-rows", to_html(rows))
     return f"{div('st-slide', control)}<details{opened}>{below}</details>"
+
+
+BY_BLOCK = "how it was written, block by block"
 
 
 def columns(shares: Sequence[float], unit: str) -> str:

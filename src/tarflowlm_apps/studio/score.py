@@ -139,7 +139,7 @@ def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
     return pieces.card(
         pieces.title(f"Passes of {name}"),
         text,
-        pieces.slider(rows, is_open=True),
+        pieces.slider(rows, "pass", pieces.BY_BLOCK, is_open=True),
         pieces.muted(way),
         pieces.key(model),
     )

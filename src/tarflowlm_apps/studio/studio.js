@@ -16,9 +16,17 @@ const play = (slider, at) => {  // every pass once, until the reader takes the s
   show(slider);
   setTimeout(play, 900, slider, at + 1);
 };
+const kept = {};  // where readers have left sliders that are drawn again while a run trains
+const putBack = (slider) => {
+  const at = kept[slider.ariaLabel] || slider.max, row = slider.closest('.st-card').querySelectorAll('.tl-row')[at];
+  if (slider.value === at && (at === slider.max || row.matches('.st-at'))) return;
+  slider.value = at;
+  show(slider);
+};
 document.addEventListener('input', ({target}) => {
   if (!target.matches || !target.matches('.st-slide input')) return;
   delete target.dataset.play;
+  if ('kept' in target.dataset) kept[target.ariaLabel] = target.value === target.max ? null : target.value;
   show(target);
 });
 
@@ -242,6 +250,7 @@ new MutationObserver((changes) => {
       if (slider && !window.matchMedia('(prefers-reduced-motion: reduce)').matches) play(slider, 0);
     });
   });
+  document.querySelectorAll('[data-kept]').forEach(putBack);
   // a reload repeats the request that is shown
   const view = visible(), link = view && view.querySelector('.st-asked a');
   if (link && location.search !== link.search) history.replaceState(null, '', link.href);

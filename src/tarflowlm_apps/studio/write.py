@@ -150,7 +150,7 @@ def _passes(catalogue: Catalogue, lm: Checkpoint, written: Written, row: int, gi
     texts = [text[row, :length] for text in written.generation.passes(flow)]
     rows, is_much = pieces.passes(flow, lm.tokenizer, texts, states, given=given[:length])
     if is_much:
-        return pieces.slider(rows, is_open=row == 0) + pieces.key(flow)
+        return pieces.slider(rows, "pass", pieces.BY_BLOCK, is_open=row == 0) + pieces.key(flow)
     name = catalogue.for_passes
     other = f" Choose {name} to see two steps." if name else ""
     return pieces.muted(f"In this model block 1 does all the writing, in one step.{other}")

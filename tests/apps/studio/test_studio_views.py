@@ -2,6 +2,7 @@
 value.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -198,6 +199,23 @@ def test_curves_follow_the_chosen_runs(catalogue, folder):
     html = shown(runs, more, [["flow", "english-mini"]])
     assert html.count("<svg") == 1
     assert "first 12 of 13 runs" in words(shown(runs, catalogue, [["flow"] * 13]))
+
+
+def test_texts_of_a_run_are_shown_as_it_learnt(catalogue, folder):
+    html = shown(runs, catalogue, [["flow"]])
+    lines = (folder / "flow" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    valid = [line for line in map(json.loads, lines) if line["split"] == "valid"]
+    assert stages(html, "tl-text") == [line["text"] for line in valid]
+    assert stages(html) == [valid[-1]["text"]]
+    assert stages(html, "tl-label")[0] == f"step 0: ≤ {valid[0]['bpc']:.2f} bits per character"
+    assert 'aria-label="text of flow"' in html
+
+
+def test_without_a_run_the_page_says_how_to_make_one():
+    html = words(shown(runs, Catalogue(["english-mini"]), [[]]))
+    assert "No run yet" in html
+    assert "tarflowlm quickstart" in html
+    assert "tarflowlm studio english-small runs" in html
 
 
 def test_catalogue_has_its_names_alone(catalogue, folder):
