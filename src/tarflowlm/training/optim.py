@@ -148,7 +148,7 @@ def take_step(
         optimizer.step()
     for parameter in parameters.values():
         parameter.grad = None  # also of those that no optimiser has
-    # a fused step does not count as a change, by which `flow.packing` finds out that weights are new
+    # a fused step does not count as a change, by which `flow.packing` knows that weights are new
     torch.autograd.graph.increment_version(parameters.values())
 
 
