@@ -4,8 +4,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from tarflowlm.errors import UserError
-from tarflowlm.files import is_written
 from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.files import is_written
 from tarflowlm.runs.records import RunRecord, read_record
 from tarflowlm.terminal.tokens import Row, Token, visible
 from tarflowlm_apps.grid import div
