@@ -20,6 +20,14 @@ BLANK = -1  # marks a token of a template that is to be drawn
 GAP = r"\[(?:\.{2,3}|…)[0-9]{0,4}\]"  # a gap of unknown length in a template
 LONGEST_GAP = 8  # tokens of a gap that names no number
 _SHOWN = 200  # characters of a text in a notice
+PLAIN = {
+    **dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"'),
+    **dict.fromkeys("\u2018\u2019\u201a", "'"),
+    "\u2013": "-",
+    "\u2014": "--",
+    "\u2026": "...",
+}
+"""Curly quotes, dashes and the ellipsis, and what a model may know instead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +240,7 @@ def _normalized(
     after_blank: bool = False,
     before_blank: bool = False,
 ) -> str:
+    text = _plain(tokenizer, text)
     if how == "none" or not text:
         has_capitals = tokenizer.alphabet != tokenizer.alphabet.lower()
         return text if has_capitals and tokenizer.normalization == "none" else text.lower()
@@ -244,7 +253,32 @@ def _normalized(
     return (" " if starts_apart else "") + words + (" " if ends_apart else "")
 
 
+def _plain(tokenizer: Tokenizer, text: str) -> str:
+    """The text with plain quotes and dashes for those that are no token, and so hardly ever were in
+    the text of the model. Bytes are tokens of every text.
+    """
+    if tokenizer.kind == "byte" or text.isascii():
+        return text
+    known = set(tokenizer.token_bytes)
+    for curly, plain in PLAIN.items():
+        if curly in text and curly.encode() not in known and plain[:1].encode() in known:
+            text = text.replace(curly, plain)
+    return text
+
+
 # from tokens to text
+
+
+def characters(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """The text of each of the tokens [T]; together they are the text.
+
+    A character of several tokens is in the last of them, so the others may be empty.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    found = [decoder.decode(tokenizer.token_bytes[token]) for token in tokens.tolist()]
+    if found:
+        found[-1] += decoder.decode(b"", final=True)
+    return found
 
 
 class TextStream:

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import SOURCE_NAMES, Tokenizer, encode_text, misfit, prepare_corpus
-from tarflowlm.data.prompts import check_text, read
+from tarflowlm.data.prompts import characters, check_text, read
 from tarflowlm.data.sources import HUB, split_field
 from tarflowlm.data.windows import Array, sliding_windows, spans
 from tarflowlm.errors import SILENT, Progress, UserError, counted
@@ -46,7 +46,9 @@ class Scores:
     text: str = ""
     """The text as the model read it. Empty for tokens alone."""
     symbols: Sequence[str] = ()
-    """[T]: the tokens of this text, as strings to show."""
+    """[T]: the tokens of this text, as strings to show. A character of several tokens is in the
+    last of them; the others may be empty.
+    """
     notice: str | None = None
     """A line if the model reads the text differently from how it was given."""
     is_lossless: bool = True
@@ -80,15 +82,26 @@ class Scores:
     def heat(self, bits: Tensor, most: float, hot: str = "#d55e00", cold: str = "#0072b2") -> str:
         """The text in HTML, on a ground that is hot for many bits [T] and cold below 0.
 
-        `most` bits have the full colour.
+        `most` bits have the full colour. A character of several tokens has the bits of all.
         """
         shown = ""
-        for symbol, value in zip(self.symbols, bits.tolist(), strict=True):
+        value = 0.0
+        for text, bits_of_token in zip(self.symbols, bits.tolist(), strict=True):
+            value += bits_of_token
+            if not text:
+                continue
             share = min(abs(value) / max(most, 1e-9), 1.0)
             ground = f"{hot if value >= 0 else cold} {75 * share:.0f}%,transparent"
             style = f'style="background:color-mix(in srgb,{ground})" title="{value:.2f} bits"'
-            shown += f"<span {style}>{escape(symbol)}</span>"
+            shown += f"<span {style}>{escape(text)}</span>"
+            value = 0.0
         return shown
+
+    @property
+    def rare(self) -> str:
+        """The characters of several tokens, each once: the text of the model hardly had them."""
+        parts = zip(self.symbols, ("x", *self.symbols), strict=False)
+        return "".join(dict.fromkeys(text[0] for text, before in parts if text and not before))
 
     def __repr__(self) -> str:
         return f"<Scores of {len(self.bits)} tokens: {self.sign} {self.total:.1f} bits>"
@@ -109,9 +122,14 @@ def score_texts(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> 
     found = scores(lm.model, tokens, samples=request.samples, seed=request.seed, progress=progress)
     scored = []
     for reading, one in zip(readings, found, strict=True):
-        symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
+        tokenizer = lm.tokenizer
+        parts = zip(reading.tokens.tolist(), characters(reading.tokens, tokenizer), strict=True)
+        symbols = [
+            tokenizer.symbols[token] if text.encode() == tokenizer.token_bytes[token] else text
+            for token, text in parts
+        ]
         told = replace(one, text=reading.text, symbols=symbols, notice=reading.notice)
-        scored.append(replace(told, is_lossless=lm.tokenizer.is_lossless))
+        scored.append(replace(told, is_lossless=tokenizer.is_lossless))
     return scored
 
 

@@ -1,6 +1,5 @@
 """Texts as tokens of several kinds: given, final, changed, noise."""
 
-import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import characters
 
 Kind = Literal["given", "final", "changed", "noise", "open"]
 END = "∎"
@@ -40,13 +40,8 @@ def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
 
     A character of several tokens is in the last of them; the others are empty.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    places = tokens.tolist()
-    found = [decoder.decode(tokenizer.token_bytes[token]) for token in places]
-    if found:
-        found[-1] += decoder.decode(b"", final=True)
-    ended = [token == tokenizer.end for token in places]
-    return [END if end else visible(text) for text, end in zip(found, ended, strict=True)]
+    texts = zip(tokens.tolist(), characters(tokens, tokenizer), strict=True)
+    return [END if token == tokenizer.end else visible(text) for token, text in texts]
 
 
 def visible(text: str) -> str:

@@ -55,7 +55,9 @@ def compare(catalogue: Catalogue, names: object, text: object) -> pieces.Pages:
     yield pieces.page(
         pieces.asked(command),
         div("st-muted", scale),
-        div("st-pair", *(_card(name, one, request, most) for name, one in found.items())),
+        div(
+            "st-pair", *(_card(catalogue, name, one, request, most) for name, one in found.items())
+        ),
         pieces.facts(pieces.took(seconds)),
         _difference(found),
         *watched,
@@ -69,7 +71,7 @@ def _read(name: str, request: Score, checkpoint: Checkpoint, job: Job) -> tuple[
     return scored, _passes(name, read(checkpoint.tokenizer, scored.text).tokens, checkpoint)
 
 
-def _card(name: str, scored: Scores, request: Score, most: float) -> str:
+def _card(catalogue: Catalogue, name: str, scored: Scores, request: Score, most: float) -> str:
     """The bits of every token under a model, and their sum."""
     sign = "≤ "
     kind = f"at most: an upper bound from {request.samples} samples"
@@ -81,8 +83,12 @@ def _card(name: str, scored: Scores, request: Score, most: float) -> str:
         (f"{sign}{scored.total:.1f}", f"bits in all, {kind}"),
     )
     shown = heat(scored, scored.bits, most)
-    notice = "" if scored.notice is None else pieces.muted(scored.notice)
-    return pieces.card(pieces.title(name), shown, notice, numbers)
+    notes = [] if scored.notice is None else [scored.notice]
+    # every text is made of bytes
+    if scored.rare and catalogue.entry(name).run.data.tokenizer.kind != "byte":
+        rare = " ".join(scored.rare)
+        notes.append(f"Hardly ever in the text that it learnt from, if at all: {rare}")
+    return pieces.card(pieces.title(name), shown, *map(pieces.muted, notes), numbers)
 
 
 def _difference(found: Mapping[str, Scores]) -> str:
@@ -115,7 +121,7 @@ def _blocks(name: str, scored: Scores) -> str:
         words = f"block {block}: {row.mean().item():+.2f} bits per token"
         most = max(GAP, row.std(correction=0).item() * 2)
         body = heat(scored, row.mean() - row, most)
-        rows += div("st-title", words) + body
+        rows += pieces.title(words) + body
     key = (
         "log2 |det J| of each block, around its mean over the text. Blue: the block made this "
         "token likelier than it made others. Orange: less likely."
