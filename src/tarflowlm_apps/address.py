@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -66,3 +67,20 @@ def listen(host: str, port: int | None) -> socket.socket:
         where = host if port is None else f"{host}, port {port}"
         reason = getattr(error, "strerror", None) or "no name of a host"
         raise UserError(f"cannot serve at {where} ({reason}): choose another") from None
+
+
+def in_network(host: str, port: int) -> str | None:
+    """The address of a page at a host for other machines; None where only this one reaches it."""
+    if host in LOOPBACK:
+        return None
+    name = host
+    if host in ("0.0.0.0", "::"):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # no packet is sent: this asks by which of its addresses the machine would go out
+        beyond = "2001:db8::1" if ":" in host else "192.0.2.1"
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.connect((beyond, 9))
+            name = probe.getsockname()[0]
+    if name in ("0.0.0.0", "::"):
+        return None
+    return f"http://[{name}]:{port}/" if ":" in name else f"http://{name}:{port}/"

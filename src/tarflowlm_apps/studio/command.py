@@ -8,7 +8,7 @@ import tyro
 from tarflowlm.errors import check_package
 from tarflowlm.options import Flag, arg
 from tarflowlm.terminal.bars import print_notice
-from tarflowlm_apps.address import Serving, listen
+from tarflowlm_apps.address import Serving, in_network, listen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Args(Serving):
 def run(args: Args) -> None:
     import threading
     from contextlib import suppress
+    from urllib.parse import urlsplit
 
     from tarflowlm.device import pick_device
     from tarflowlm_apps.studio.catalogue import Catalogue
@@ -39,6 +40,9 @@ def run(args: Args) -> None:
     print_notice("starting, which takes some seconds ...")
     with serving(catalogue, host=args.host, port=args.port) as url, suppress(KeyboardInterrupt):
         print(url, flush=True)
+        elsewhere = in_network(args.host, urlsplit(url).port or 80)
+        if elsewhere is not None:
+            print_notice(f"in the network: {elsewhere}")
         print_notice("Ctrl-C ends it")
         if not args.no_browser:
             import webbrowser
