@@ -84,7 +84,7 @@ class Catalogue:
             run = self.entries[name].run
             about = ["letters" if run.data.tokenizer.kind == "char" else "words"]
             if run.model.fills_in:
-                about.append("shows its passes")
+                about.append("in passes")
             if run.model.family == "ar":
                 about.append("discrete, to compare")
             found.append((f"{name} ({', '.join(about)})", name))

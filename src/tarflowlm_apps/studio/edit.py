@@ -1,5 +1,6 @@
-"""The views that edit: named words, or a share of the words or of a state."""
+"""The views that edit: named words, a word for another, or a share of the words or of a state."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 from tarflowlm.cli.edit import advice
@@ -37,6 +38,26 @@ def rewrite(
         raise UserError("name the words to rewrite, separated by commas")
     request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
     yield from _edited(catalogue, model, request)
+
+
+def exchange(
+    catalogue: Catalogue,
+    model: object,
+    text: object,
+    old: object,
+    new: object,
+    around: object,
+    num: object,
+    seed: object,
+) -> Pages:
+    """Texts with `new` in the place of the first `old`, and so many words around it new, too."""
+    words = values.text(old).strip(), values.text(new).strip()
+    if not all(words):
+        raise UserError("give a word of the text, and one to put in its place")
+    near = values.whole(around, "words around it", 0, values.AROUND)
+    yield from _edited(
+        catalogue, model, replace(_request(text, num, seed), replace=words, around=near)
+    )
 
 
 def change(
@@ -80,14 +101,20 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     sign = "" if checkpoint.model.is_exact else "≤ "
     numbers = facts((f"{sign}{found.bits_before:.2f}", "bits per character"), took(job.seconds))
     cards = [card(stage(before), muted(note), numbers)]
-    for row, tokens in enumerate(found.change.tokens.cpu()):
-        changed = found.change.changed[row].cpu()
+    equal: dict[str, list[int]] = defaultdict(list)
+    for row, edited in enumerate(found.texts):
+        equal[edited].append(row)
+    for rows in equal.values():
+        row = rows[0]
+        tokens, changed = found.change.tokens[row].cpu(), found.change.changed[row].cpu()
         numbers = facts(
             (f"{int(changed.sum())}", f"of {counted(len(changed), 'token')} changed"),
             (f"{sign}{found.bits[row]:.2f}", "bits per character"),
         )
         shown = stage(text_tokens(tokens, tokenizer, {"changed": changed}))
-        cards.append(card(muted(f"edit {row + 1}"), shown, numbers))
+        which = " and ".join(str(row + 1) for row in rows)
+        which = f"edit {which}" if len(rows) == 1 else f"edits {which}"
+        cards.append(card(muted(which), shown, numbers))
     notes = [muted("Green: new. Fewer bits: the model finds the text likelier.")]
     if request.level is not None and not found.change.changed.any():
         notes.append(muted("No point has moved far enough to be read as another token."))

@@ -1,6 +1,6 @@
 """The layout of the page in Gradio: one tab per view."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import gradio as gr
 from tarflowlm_apps.grid import div
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
-from tarflowlm_apps.studio.edit import KINDS, WORDS, change, rewrite
+from tarflowlm_apps.studio.edit import KINDS, WORDS, change, exchange, rewrite
 from tarflowlm_apps.studio.pieces import Pages, card, guarded, muted, page
 from tarflowlm_apps.studio.runs import runs
 from tarflowlm_apps.studio.score import MODELS, compare
@@ -22,17 +22,24 @@ Event = Callable[..., Any]
 View = Callable[..., Pages]
 
 TITLE = "tarflowlm studio"
+HEADING = div(
+    "st",
+    f'<h1 class="st-head">{TITLE} <span>watch a small language model write</span></h1>',
+    # studio.js tells screen readers here what the page is doing
+    '<p id="st-status" class="st-unseen" role="status"></p>',
+)
 WAITING = 64  # requests that may wait for their turn; further ones are refused
 REFRESH = 4.0  # seconds between two looks at the folders of runs
 DRAWN = 6  # runs that are drawn at first
 
 EXAMPLES = (
+    # a tale that comes to its end
+    ("Begin a tale", "english-small", "Once upon a time there was", 160, 32),
     # a text in which block 1 fills in all of eight gaps
-    ("Watch the passes", "english-passes", "one day the king ", 128, 24),
-    ("Begin a tale", "english-small", "Once upon a time there was", 160, 0),
+    ("Watch passes", "english-passes", "one day the king ", 128, 24),
     ("Fill in blanks", "english-small", "The old _ sat by the _ and told the _ a story.", 96, 0),
 )
-"""Label, model, text, length and seed of each."""
+"""Label, model, text, length and seed of each; the page begins with the first."""
 ONE_EACH = "Put _ where the model should choose one token: a word, a part of one, or a letter"
 GAPS = "Once there was [...] who lived in the [...] forest."
 BLANKS = "the old ____ lived in the ______ by the sea"
@@ -46,8 +53,7 @@ TALE = (
 def build(catalogue: Catalogue) -> Component:
     """The page about the models and runs of `catalogue`."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
-        head = f"{TITLE}<span>watch a small language model write</span>"
-        gr.HTML(div("st", div("st-head", head)), apply_default_css=False)
+        gr.HTML(HEADING, apply_default_css=False)
         _write(catalogue, blocks.load)
         _infill(catalogue)
         _edit(catalogue)
@@ -86,19 +92,21 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
 
     def values_of(name: str, text: str, length: int, seed: int = 0) -> list[values.Value]:
         usual = catalogue.temperature(name), catalogue.top_p(name)
-        return [name, [], text, length, *usual, 1, seed]
+        return [name, [], text, length, *usual, 1, seed, "", ""]
 
     examples = {
         label: partial(values_of, name, text, length, seed)
         for label, name, text, length, seed in EXAMPLES
         if name in catalogue.entries
     }
+    first = [*examples.values(), partial(values_of, catalogue.models[0], "", 96)][0]
+    shown = dict(zip(values.LINKED, first(), strict=True))
     with _form("Write", "The text appears here, then its passes.") as (out, _):
         with gr.Row():
             buttons = [gr.Button(label, size="sm", min_width=90) for label in examples]
-        model = _model(catalogue)
+        model = _model(catalogue, shown["model"])
         text = gr.Textbox(
-            "Once upon a time",
+            shown["text"],
             label="Start, or a text with blanks",
             placeholder="empty: from the title on · the old _ lived by the sea",
             info=f"{ONE_EACH}. Enter writes, Shift+Enter begins a line. "
@@ -107,7 +115,19 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
             max_lines=6,
         )
         ask = _buttons("Write")
-        with gr.Accordion("More: length, temperature, a second model", open=False):
+        with gr.Accordion("More: words, length, temperature", open=False):
+            contains = gr.Textbox(
+                label="Words that must appear",
+                placeholder="wolf",
+                info="After the start, one after the other as they stand here.",
+                max_lines=1,
+            )
+            without = gr.Textbox(
+                label="Letters that must not appear",
+                placeholder="e",
+                info="The start may have them.",
+                max_lines=1,
+            )
             # a list of at most one can be emptied
             beside = gr.Dropdown(
                 catalogue.choices,
@@ -116,7 +136,7 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
                 multiselect=True,
                 max_choices=1,
             )
-            length = gr.Slider(8, values.TOKENS, 160, step=8, label="Length in tokens")
+            length = gr.Slider(8, values.TOKENS, shown["length"], step=8, label="Length in tokens")
             temperature = _temperature(catalogue, model)
             words = (
                 "0.9 keeps the likeliest tokens that make up 90 %. A text with blanks keeps all."
@@ -125,32 +145,32 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
             with gr.Row():
                 num = _number("Samples", 1)
                 seed = _number("Seed", 0)
-        inputs = [model, beside, text, length, temperature, top_p, num, seed]
+        inputs = [model, beside, text, length, temperature, top_p, num, seed, contains, without]
 
         def asked_for(visitor: gr.Request) -> list[values.Value]:
-            first = [*examples.values(), partial(values_of, catalogue.models[0], "", 96)][0]
             asked = dict(visitor.query_params)
             found = values.from_address(asked, first(), catalogue.models)
             if asked.get("model", found[0]) != found[0]:
                 gr.Warning(f"This page has no model of the link's name: {found[0]} writes instead.")
             return found
 
-        events = [text.submit, _quick(arrival, asked_for, None, inputs).then]
+        exact = [_quick(arrival, asked_for, None, inputs).then]
         for button, example in zip(buttons, examples.values(), strict=True):
-            events.append(_quick(button.click, example, None, inputs).then)
-        _ask(ask, partial(write, catalogue), inputs, out, events)
+            exact.append(_quick(button.click, example, None, inputs).then)
+        _ask(ask, partial(write, catalogue), inputs, out, [text.submit], exact, seed=seed)
         # studio.js writes a model and a text with a gap for a word, clicks, and shows the answer
         # at the word
         writer = gr.Textbox(elem_id="st-writer", container=False, show_label=False)
         gap = gr.Textbox(elem_id="st-gap", container=False, show_label=False)
         click = gr.Button("offer", elem_id="st-offer")
         answer = gr.HTML(elem_id="st-answer", apply_default_css=False)
-        _ask(ask._replace(go=click, last={}), partial(offer, catalogue), [writer, gap], answer, [])
+        others = ask._replace(go=click, another=None, last={})
+        _ask(others, partial(offer, catalogue), [writer, gap], answer)
 
 
 def _infill(catalogue: Catalogue) -> None:
     with _form("Infill", "Candidates appear here, with their weights.") as (out, arrival):
-        model = _model(catalogue, of_words=True)
+        model = _model(catalogue, _of_words(catalogue))
         text = gr.Textbox(
             GAPS if catalogue.fills_gaps(model.value) else BLANKS,
             label="Text with blanks",
@@ -176,18 +196,18 @@ def _infill(catalogue: Catalogue) -> None:
             temperature = _temperature(catalogue, model)
             seed = _number("Seed", 0)
         inputs = [model, text, tries, particles, temperature, seed]
-        _ask(ask, partial(infill, catalogue), inputs, out, [text.submit], arrival)
+        asks = [text.submit]
+        _ask(ask, partial(infill, catalogue), inputs, out, asks, arrival=arrival, seed=seed)
 
 
 def _edit(catalogue: Catalogue) -> None:
     with _form("Edit", "The edit appears here, below the original.") as (out, arrival):
-        model = _model(catalogue, of_words=True)
+        model = _model(catalogue, _of_words(catalogue))
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
         num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
         seed = _number("Seed", 2)
         # one output, whichever tab has asked for it
-        stop = gr.Button("Stop", min_width=80, elem_classes="st-stop", render=False)
-        last: dict[str | None, object] = {}
+        last: Asked = {}
         with gr.Tab("Rewrite"):
             words = gr.Textbox(
                 "a golden apple",
@@ -195,14 +215,30 @@ def _edit(catalogue: Catalogue) -> None:
                 info="Whole words, separated by commas. The rest is kept.",
             )
             inputs = [model, text, words, num, seed]
-            ask = Buttons(gr.Button("Rewrite", variant="primary"), stop, last)
-            _ask(ask, partial(rewrite, catalogue), inputs, out, [words.submit], arrival)
+            ask = _buttons("Rewrite", last)
+            asks = [words.submit]
+            _ask(ask, partial(rewrite, catalogue), inputs, out, asks, arrival=arrival, seed=seed)
+        with gr.Tab("Replace"):
+            with gr.Row():
+                old = gr.Textbox("boy", label="Word", min_width=110)
+                new = gr.Textbox("girl", label="Put in its place", min_width=110)
+            around = gr.Slider(
+                0,
+                values.AROUND,
+                1,
+                step=1,
+                label="Words around it that may change, too",
+                info="So that the text reads well. 0 keeps all the rest.",
+            )
+            inputs = [model, text, old, new, around, num, seed]
+            ask = _buttons("Replace", last)
+            _ask(ask, partial(exchange, catalogue), inputs, out, [new.submit], seed=seed)
         with gr.Tab("Words"):
             share = _strength("Share of the words that are resampled.", 0.2)
             inputs = [model, text, gr.State(WORDS), share, num, seed]
-            ask = Buttons(gr.Button("Resample", variant="primary"), stop, last)
-            _ask(ask, partial(change, catalogue), inputs, out, [share.release])
-        with gr.Tab("Level (for experts)"):
+            ask = _buttons("Resample", last)
+            _ask(ask, partial(change, catalogue), inputs, out, [share.release], seed=seed)
+        with gr.Tab("Level"):
             share = _strength(
                 "How far the points move: 0 keeps the text, 1 forgets it. Beyond a little the "
                 "text falls apart.",
@@ -212,14 +248,13 @@ def _edit(catalogue: Catalogue) -> None:
                 KINDS[1:],
                 value=KINDS[1],
                 label="What is changed",
-                info="The model reads every token as a point in space, the latents, and maps them "
-                "to noise. Points that are moved a little lie between the codes of tokens, and "
-                "may be read as others.",
+                info="For experts: the model reads every token as a point in space, the latents, "
+                "and maps them to noise. Points that are moved a little lie between the codes of "
+                "tokens, and may be read as others.",
             )
             inputs = [model, text, state, share, num, seed]
-            ask = Buttons(gr.Button("Re-noise", variant="primary"), stop, last)
-            _ask(ask, partial(change, catalogue), inputs, out, [share.release])
-        stop.render()
+            ask = _buttons("Re-noise", last)
+            _ask(ask, partial(change, catalogue), inputs, out, [share.release], seed=seed)
 
 
 def _score(catalogue: Catalogue) -> None:
@@ -232,8 +267,9 @@ def _score(catalogue: Catalogue) -> None:
             max_choices=MODELS,
         )
         text = gr.Textbox(label="Text", value=TALE, lines=4, max_lines=12)
-        ask = _buttons("Score")
-        _ask(ask, partial(compare, catalogue), [models, text], out, [text.submit], arrival)
+        ask = _buttons("Score", has_seed=False)
+        view = partial(compare, catalogue)
+        _ask(ask, view, [models, text], out, [text.submit], arrival=arrival)
 
 
 def _runs(catalogue: Catalogue, arrival: Event) -> None:
@@ -241,7 +277,7 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
     with gr.Tab("Runs"):
         with gr.Row(visible=bool(names)) as row:
             chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs")
-        out = gr.HTML(apply_default_css=False)
+        out = gr.HTML(apply_default_css=False, padding=False)
 
     def look(names: list[str]) -> tuple[object, object, str]:
         catalogue.refresh()
@@ -263,24 +299,30 @@ def _form(tab: str, words: str) -> Iterator[tuple[Component, Event]]:
     Gives the output, and the event of opening the tab.
     """
     with gr.Tab(tab, elem_classes=f"st-{tab.lower()}") as opened, gr.Row():
-        out = gr.HTML(page(card(muted(words))), apply_default_css=False, render=False)
+        out = gr.HTML(
+            page(card(muted(words))), apply_default_css=False, padding=False, render=False
+        )
         with gr.Column(scale=3):
             yield out, opened.select
         with gr.Column(scale=7):
             out.render()
 
 
-def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
-    """The list of models, with a line about the chosen one: the first, or the first `of_words`."""
-
-    def about(name: object) -> str:
-        return div("st", muted(catalogue.about(name)))
-
+def _of_words(catalogue: Catalogue) -> str:
+    """The first model that reads word pieces, or the first one."""
     names = catalogue.models
     of_kind = [name for name in names if catalogue.entry(name).run.data.tokenizer.kind == "bpe"]
-    first = of_kind[0] if of_words and of_kind else names[0]
-    model = gr.Dropdown(catalogue.choices, value=first, label="Model", filterable=False)
-    line = gr.HTML(about(first), apply_default_css=False, padding=False)
+    return [*of_kind, *names][0]
+
+
+def _model(catalogue: Catalogue, name: object) -> Component:
+    """The list of models, with a line about the chosen one, at first that of a name."""
+
+    def about(name: object) -> str:
+        return div("st st-about", muted(catalogue.about(name)))
+
+    model = gr.Dropdown(catalogue.choices, value=name, label="Model", filterable=False)
+    line = gr.HTML(about(name), apply_default_css=False, padding=False)
     _quick(model.change, about, model, line)
     return model
 
@@ -308,19 +350,29 @@ def _strength(words: str, usual: float) -> Component:
     return gr.Slider(0.0, 1.0, usual, step=0.01, label="Strength", info=words)
 
 
+Asked = dict[str | None, tuple[object, ...]]
+"""The last request of every visitor, for one output."""
+
+
 class Buttons(NamedTuple):
-    """Two buttons: one starts a view, one stops it."""
+    """Buttons around a view: one starts it, one stops it, and one asks for another result."""
 
     go: Component
     stop: Component
-    last: dict[str | None, object]
-    """The last request of every visitor, for one output."""
+    another: Component | None
+    """None for a view without a seed."""
+    last: Asked
 
 
-def _buttons(words: str) -> Buttons:
+def _buttons(words: str, last: Asked | None = None, *, has_seed: bool = True) -> Buttons:
+    # the page shows Stop while something runs, and Another while nothing does
     with gr.Row():
         go = gr.Button(words, variant="primary", min_width=120)
-        return Buttons(go, gr.Button("Stop", min_width=80, elem_classes="st-stop"), {})
+        another = (
+            gr.Button("Another", min_width=80, elem_classes="st-another") if has_seed else None
+        )
+        stop = gr.Button("Stop", min_width=80, elem_classes="st-stop")
+    return Buttons(go, stop, another, {} if last is None else last)
 
 
 def _ask(
@@ -328,14 +380,27 @@ def _ask(
     view: View,
     inputs: list[Component],
     out: Component,
-    events: list[Event],
+    events: Sequence[Event] = (),
+    exact: Sequence[Event] = (),
+    *,
     arrival: Event | None = None,
+    seed: Component | None = None,
 ) -> None:
-    """One button and the events call the view; the other button stops it.
+    """The buttons and the events call the view, and one button stops it.
 
-    The `arrival` of a visitor who has asked for nothing yet calls it, too.
+    The `seed`, one of the inputs, counts up for another result, and for a request that is asked
+    again, but not for the `exact` events. The `arrival` of a visitor who has asked for nothing yet
+    calls the view, too.
     """
-    calls = [ask.go.click, *events] if arrival is None else [ask.go.click, *events, arrival]
+    calls = [ask.go.click, *events]
+    if seed is not None and ask.another is not None:
+        place = inputs.index(seed)
+        counts = [(event, next_seed(place, ask.last)) for event in calls]
+        counts.append((ask.another.click, next_seed(place)))
+        calls = [_quick(event, count, inputs, seed).then for event, count in counts]
+    calls += exact
+    if arrival is not None:
+        calls.append(arrival)
     for event in calls:
         started = event(
             newest(guarded(view), ask.last, greets=event is arrival),
@@ -350,7 +415,21 @@ def _ask(
         ask.stop.click(None, None, None, cancels=[started], api_visibility="private")
 
 
-def newest(view: View, last: dict[str | None, object], *, greets: bool = False) -> View:
+def next_seed(place: int, last: Asked | None = None) -> Callable[..., object]:
+    """A handler that gives the seed after the one at a `place` of a request.
+
+    With the `last` requests of visitors only for one that is asked again; else the given one.
+    """
+
+    def handle(visitor: gr.Request, *given: object) -> object:
+        seed = given[place]
+        is_again = last is None or last.get(visitor.session_hash) == given
+        return seed + 1 if is_again and isinstance(seed, int) else seed
+
+    return handle
+
+
+def newest(view: View, last: Asked, *, greets: bool = False) -> View:
     """The view as a handler of events: a visitor's next request ends the `last` one.
 
     One that `greets` answers only those who have asked for nothing yet.
@@ -360,10 +439,10 @@ def newest(view: View, last: dict[str | None, object], *, greets: bool = False) 
         if greets and visitor.session_hash in last:
             yield gr.skip()
             return
-        last[visitor.session_hash] = mine = object()
+        last[visitor.session_hash] = given
         with closing(view(*given)) as pages:
             for html in pages:
-                if last[visitor.session_hash] is not mine:
+                if last[visitor.session_hash] is not given:
                     return
                 yield html
 

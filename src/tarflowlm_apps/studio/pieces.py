@@ -32,7 +32,10 @@ def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:
         try:
             yield from view(*values)
         except UserError as error:
-            yield page(notice(str(error)))
+            text = str(error)
+            # unless it begins with a name
+            is_word = re.match(r"[a-z]+[ :]", text) is not None
+            yield page(notice(text[0].upper() + text[1:] if is_word else text))
         except Exception:
             LOG.exception("a view of the studio failed")
             words = "This did not work. The terminal that started the page shows the error."
@@ -42,7 +45,9 @@ def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:
 
 
 def page(*parts: str) -> str:
-    return div("st st-view", f"<style>{CSS}</style>", *parts)
+    """What a view shows, with a heading for screen readers."""
+    heading = '<h2 class="st-unseen">Result</h2>'
+    return div("st st-view", f"<style>{CSS}</style>", heading, *parts)
 
 
 def card(*parts: str) -> str:
@@ -50,7 +55,7 @@ def card(*parts: str) -> str:
 
 
 def title(text: str) -> str:
-    return div("st-title", escape(text))
+    return f'<h3 class="st-title">{escape(text)}</h3>'
 
 
 def notice(text: str, words: str = "", link: str = "") -> str:

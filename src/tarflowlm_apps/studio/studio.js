@@ -212,6 +212,12 @@ const stopped = () => {  // what was written stays, and says so
   }
   view.querySelectorAll('.st-caret, .st-bar').forEach((part) => part.remove());
 };
+const report = (view) => {  // tell screen readers when the visible view begins, waits and ends
+  const told = document.querySelector('#st-status'), state = view && view.querySelector('.st-state');
+  if (!told) return;
+  const words = state ? state.textContent : told.textContent && 'finished';
+  if (words !== told.textContent) told.textContent = words;
+};
 const copyText = (text) => {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = document.createElement('textarea');  // the clipboard of pages that are not https
@@ -233,12 +239,12 @@ document.addEventListener('click', (event) => {
     if (place) offer(stage, place);
   }
   // the last progress may come later than the click
-  if (target.closest('button.primary, .st-stop')) stops.forEach(clearTimeout);
+  if (target.closest('button.primary, .st-another, .st-stop')) stops.forEach(clearTimeout);
   if (target.closest('.st-stop')) stops = [300, 1500, 4000, 10000].map((wait) => setTimeout(stopped, wait));
   const copied = target.closest('[data-copy]'), token = target.closest('.st-heat span');
   if (copied) copyText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
   if (token) tell(token);
-  if (window.innerWidth <= 640 && target.closest('button.primary, button.sm'))
+  if (window.innerWidth <= 640 && target.closest('button.primary, button.sm, .st-another'))
     // once more when the result has made the page longer
     [50, 1500].forEach((wait) => setTimeout(() => visible().scrollIntoView({behavior: 'smooth'}), wait));
 });
@@ -252,6 +258,8 @@ new MutationObserver((changes) => {
   });
   document.querySelectorAll('[data-kept]').forEach(putBack);
   // a reload repeats the request that is shown
-  const view = visible(), link = view && view.querySelector('.st-asked a');
+  const view = visible();
+  report(view);
+  const link = view && view.querySelector('.st-asked a');
   if (link && location.search !== link.search) history.replaceState(null, '', link.href);
 }).observe(document.documentElement, {childList: true, subtree: true, characterData: true});

@@ -12,6 +12,7 @@ TOKENS = 1024
 SAMPLES = 4
 TRIES = 8
 PARTICLES = 64
+AROUND = 4
 
 
 def number(value: object, name: str, least: int | float, most: int | float) -> float:
@@ -39,7 +40,10 @@ def text(value: object) -> str:
 
 
 Value = str | int | float | list[str]
-LINKED = ("model", "beside", "text", "length", "temperature", "top_p", "num", "seed")
+LINKED = (
+    *("model", "beside", "text", "length", "temperature", "top_p", "num", "seed"),
+    *("contains", "without"),
+)
 """Names of the values of a request to write, in the link above its result."""
 
 

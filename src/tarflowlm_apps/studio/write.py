@@ -51,6 +51,10 @@ def write(catalogue: Catalogue, *given: object) -> pieces.Pages:
     is_template = has_blanks(start)
     prompt = "" if is_template else unescaped(start, Writing.blank)
     cut = values.number(asked["top_p"], "top-p", 0.05, 1.0)
+    contains = asked["contains"] = values.text(asked["contains"]).strip()
+    without = asked["without"] = values.text(asked["without"]).strip()
+    if is_template and contains:
+        raise UserError("a text with blanks takes no wanted words: write them into the text")
     request = Writing(
         prompt=prompt or None,
         template=start if is_template else None,
@@ -59,6 +63,8 @@ def write(catalogue: Catalogue, *given: object) -> pieces.Pages:
         top_p=None if cut == 1.0 or is_template else cut,
         num=values.whole(asked["num"], "samples", 1, values.SAMPLES),
         seed=values.seed(asked["seed"]),
+        contains=contains or None,
+        without=without,
     )
     link = values.to_address(asked)
     columns: list[str] = []
@@ -122,6 +128,7 @@ def _samples(
         # include the end of the document, which is shown as a mark
         tokens = generation.tokens[row, : stream.length + stream.has_ended]
         shown = text_tokens(tokens, lm.tokenizer, {"given": mask})
+        cut = "" if stream.has_ended or request.template else ", cut at this length"
         rests = []
         if generation.evidence is not None and found.particles > 1:
             ground = trust(generation.evidence, slice(row, row + 1), MORE)
@@ -130,7 +137,7 @@ def _samples(
             pieces.card(
                 pieces.stage(shown, model=str(model)),
                 *map(pieces.muted, [*notes, *rests]),
-                pieces.facts((f"{stream.length:,}", "tokens"), *facts),
+                pieces.facts((f"{stream.length:,}", f"tokens{cut}"), *facts),
                 _passes(catalogue, lm, found, row, mask) if is_watched else "",
             )
         )
@@ -187,6 +194,8 @@ def infill(
     template = values.text(text)
     if not has_blanks(template):
         raise UserError("the text has no blank: write _ for a token, or [...] for a gap")
+    if re.search(rf"{GAP}\s*$", template):
+        raise UserError("the text ends in a gap: put words after it, or continue it in Write")
     able = catalogue.for_gaps(model)
     if has_gap(template) and able != model:
         raise UserError(f"{no_gaps(model)}, or choose {able}")

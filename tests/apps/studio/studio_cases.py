@@ -7,9 +7,9 @@ from tarflowlm_apps.studio.pieces import guarded
 
 
 def shown(view, catalogue, values) -> str:
-    """The last state of a view, without its style."""
+    """The last state of a view, without its style and its hidden heading."""
     *_, last = guarded(view)(catalogue, *values)
-    return re.sub(r"<style.*?</style>", "", last, flags=re.DOTALL)
+    return re.sub(r"<style.*?</style>|<h2.*?</h2>", "", last, flags=re.DOTALL)
 
 
 def words(html: str) -> str:

@@ -2,6 +2,7 @@
 host.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,7 +142,7 @@ def test_every_view(open_page):
     assert re.fullmatch(r". ?: .* bits", told), told
     page.get_by_role("tab", name="Runs").click()
     page.locator(".st-view:visible svg").first.wait_for()
-    page.get_by_label("baseline").uncheck()
+    page.get_by_label("baseline", exact=True).uncheck()
     page.locator(".st-view:visible").get_by_role("columnheader", name="baseline").wait_for(
         state="hidden"
     )
@@ -156,6 +158,54 @@ def test_every_view(open_page):
     # the last progress may come after the click, and is stopped again
     view.get_by_role("button", name="copy").wait_for()
     assert page.title() == "tarflowlm studio"
+
+
+def test_the_same_request_again_gives_another_text(open_page):
+    page = open_page()
+    button = partial(page.get_by_role, "button", exact=True)
+    view = page.locator(".st-view:visible").first
+    view.get_by_text("in all").first.wait_for()
+    # Another is in the place of Stop, which is there while something runs
+    assert button(name="Stop").locator("visible=true").count() == 0
+    texts = [written(page, "the king").inner_text()]
+    for name, seed in (("Write", 1), ("Another", 2)):
+        button(name=name).locator("visible=true").click()
+        view.get_by_text(f"--seed {seed}").first.wait_for()
+        view.get_by_text("in all").first.wait_for()
+        texts.append(view.locator(".st-stage").first.inner_text())
+    assert len(set(texts)) == 3
+    # what a screen reader tells
+    status = page.get_by_role("status").first
+    status.get_by_text("finished").wait_for()
+    levels = "[...document.querySelectorAll('h1, h2, h3')].filter((one) => one.checkVisibility())"
+    found = page.evaluate(f"{levels}.map((one) => one.tagName)")
+    assert (found[0], found.count("H1"), "H2" in found) == ("H1", 1, True)
+    # a menu closes when the focus goes on
+    menu, options = page.get_by_label("Model", exact=True).first, page.get_by_role("option")
+    menu.focus()
+    options.first.wait_for()
+    page.keyboard.press("Tab")
+    options.locator("visible=true").first.wait_for(state="hidden")
+
+
+def test_the_texts_of_a_run_stay_where_the_reader_has_left_them(open_page, served):
+    page = open_page()
+    page.locator(".st-view:visible").get_by_text("in all").first.wait_for()
+    page.get_by_role("tab", name="Runs").click()
+    slider = page.get_by_label("text of flow")
+    slider.focus()
+    page.keyboard.press("Home")
+    card = page.locator(".st-card:visible", has=slider)
+    card.get_by_text("step 0:").first.wait_for()
+    first = card.locator(".st-stage").inner_text()
+    log = served / "flow" / "metrics.jsonl"
+    *_, last = (line for line in log.read_text(encoding="utf-8").splitlines() if "valid" in line)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(json.loads(last) | {"text": "one more"}) + "\n")
+    card.get_by_text("one more").wait_for(state="attached")
+    assert (slider.input_value(), card.locator(".st-stage").inner_text()) == ("0", first)
+    page.keyboard.press("End")
+    card.locator(".st-stage").get_by_text("one more").wait_for()
 
 
 def test_a_word_is_exchanged_and_comes_back(open_page):
@@ -290,9 +340,9 @@ def test_a_run_that_begins_later_appears(open_page, served):
     # a reload would abort what is being written on arrival
     page.locator(".st-view:visible").get_by_text("in all").first.wait_for()
     page.get_by_role("tab", name="Runs").click()
-    page.get_by_label("baseline").wait_for()
+    page.get_by_label("baseline", exact=True).wait_for()
     shutil.copytree(served / "flow", served / "late")
-    page.get_by_label("late").check()
+    page.get_by_label("late", exact=True).check()
     page.locator(".st-view:visible").get_by_role("columnheader", name="late").wait_for()
     page.reload()
     page.get_by_label("Model", exact=True).first.click()

@@ -14,11 +14,11 @@ from tarflowlm_apps.studio.write import infill, write
 
 TEXT = "The King of the land gave 3 laws to the King"
 REQUESTS = [
-    (write, "", "The King", 24, 0.8, 0.9, 2, 3),
+    (write, "", "The King", 24, 0.8, 0.9, 2, 3, "", ""),
     (infill, "The [...3] of 2 Kings", 2, 4, 0.9, 7),
     (rewrite, TEXT, "King, Laws", 2, 4),
     (change, TEXT, "words", 0.3, 2, 5),
-    pytest.param((write, "", "", 24, 1.0, 1.0, 1, 0), marks=pytest.mark.nightly),
+    pytest.param((write, "", "", 24, 1.0, 1.0, 1, 0, "", ""), marks=pytest.mark.nightly),
     pytest.param((infill, "The ___ of 2 Kings", 2, 4, 0.9, 7), marks=pytest.mark.nightly),
     pytest.param((change, TEXT, "noise", 0.3, 2, 6), marks=pytest.mark.nightly),
 ]

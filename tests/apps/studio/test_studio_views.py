@@ -22,7 +22,7 @@ from tarflowlm.pretrained import Pretrained
 from tarflowlm.requests import Writing
 from tarflowlm.terminal.texts import trust
 from tarflowlm_apps.studio.catalogue import Catalogue
-from tarflowlm_apps.studio.edit import KINDS, change, rewrite
+from tarflowlm_apps.studio.edit import KINDS, change, exchange, rewrite
 from tarflowlm_apps.studio.pieces import guarded, quoted
 from tarflowlm_apps.studio.runs import runs
 from tarflowlm_apps.studio.score import compare
@@ -32,9 +32,10 @@ from tarflowlm_apps.studio.write import infill, offer, write
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 VALID = {
-    write: ["flow", "", "the ", 12, 1.0, 1.0, 1, 0],
+    write: ["flow", "", "the ", 12, 1.0, 1.0, 1, 0, "", ""],
     infill: ["flow", "the ___ saw", 3, 2, 1.0, 0],
     rewrite: ["flow", "the cat saw", "cat", 2, 0],
+    exchange: ["flow", "the cat saw", "cat", "dog", 1, 2, 0],
     change: ["flow", "the cat saw", "latents", 0.5, 2, 0],
     compare: [["flow", "baseline"], "the cat saw"],
     runs: [["flow", "baseline"]],
@@ -98,13 +99,13 @@ def test_two_models_write_side_by_side(catalogue):
 
 
 def test_normalised_text_is_shown(catalogue):
-    html = words(shown(write, catalogue, ["flow", "", "The 9 Cats, ", 20, 1.0, 1.0, 1, 0]))
+    html = words(shown(write, catalogue, ["flow", "", "The 9 Cats, ", 20, 1.0, 1.0, 1, 0, "", ""]))
     assert "the nine cats " in html
     assert "read as: the nine cats" in html
 
 
 def test_each_text_says_what_it_rests_on(catalogue):
-    html = shown(write, catalogue, ["flow", "", "the ___ saw", 24, 1.0, 1.0, 2, 0])
+    html = shown(write, catalogue, ["flow", "", "the ___ saw", 24, 1.0, 1.0, 2, 0, "", ""])
     request = Writing(template="the ___ saw", temperature=1.0, num=2, seed=0)
     (written,) = Samples(request, catalogue.load("flow"), past_end=True).batches()
     rests = [trust(written.generation.evidence, slice(row, row + 1)) for row in range(2)]
@@ -116,7 +117,7 @@ def test_a_text_of_a_stack_ends_with_its_document(tmp_path):
     tokenizer = CharTokenizer("abc ", "none", has_end=True)
     save_run(tmp_path / "stack", tiny_flow(vocab_size=5, context=32), tokenizer=tokenizer)
     catalogue = Catalogue([str(tmp_path)])
-    values = ["stack", "", "a b", 30, 1.0, 1.0, 3, 0]
+    values = ["stack", "", "a b", 30, 1.0, 1.0, 3, 0, "", ""]
     html = shown(write, catalogue, values)
     lm = Pretrained(**vars(catalogue.load("stack")))
     texts = lm.write("a b", length=30, temperature=1.0, num=3, seed=0)
@@ -125,9 +126,9 @@ def test_a_text_of_a_stack_ends_with_its_document(tmp_path):
 
 
 def test_an_escaped_blank_is_a_character(catalogue):
-    html = shown(write, catalogue, ["baseline", "", r"the \_cat\_ ", 24, 1.0, 1.0, 1, 0])
+    html = shown(write, catalogue, ["baseline", "", r"the \_cat\_ ", 24, 1.0, 1.0, 1, 0, "", ""])
     assert "read as: the cat" in words(html)
-    html = shown(write, catalogue, ["baseline", "", r"the \_cat\_ _", 24, 1.0, 1.0, 1, 0])
+    html = shown(write, catalogue, ["baseline", "", r"the \_cat\_ _", 24, 1.0, 1.0, 1, 0, "", ""])
     assert "st-notice" not in html
     assert re.fullmatch("the cat .", stages(html)[0])
 
@@ -149,7 +150,7 @@ def test_likely_lengths_of_a_gap_are_shown(catalogue):
 
 def test_a_gap_of_a_text_with_blanks_is_as_long_as_it_was_drawn(catalogue):
     text = "t_e [...8] saw"
-    html = shown(write, catalogue, ["flow", "", text, 20, 0.8, 1.0, 1, 0])
+    html = shown(write, catalogue, ["flow", "", text, 20, 0.8, 1.0, 1, 0, "", ""])
     expected = Pretrained(**vars(catalogue.load("flow"))).fill(text, temperature=0.8, seed=0)
     assert stages(html) == [expected]
     assert '<span class="tl-given"> saw</span>' in html or 'tl-given">saw' in html
@@ -163,6 +164,44 @@ def test_only_whole_words_are_rewritten(catalogue):
     html = shown(rewrite, catalogue, ["flow", "cat a catcat", "dog", 3, 0])
     assert "st-notice" in html
     assert "words to rewrite" in shown(rewrite, catalogue, ["flow", "cat a catcat", " , ", 3, 0])
+
+
+def test_a_word_takes_the_place_of_another(catalogue):
+    html = shown(exchange, catalogue, ["flow", "the cat saw", "cat", "dog", 0, 2, 0])
+    # equal edits are one
+    assert stages(html) == ["the cat saw", "the dog saw"]
+    assert "edits 1 and 2" in words(html)
+    assert "--replace cat dog --around 0" in words(html)
+    assert "st-notice" in shown(exchange, catalogue, ["flow", "the cat saw", "cat", " ", 0, 1, 0])
+
+
+def test_words_are_wanted_and_letters_forbidden(catalogue):
+    html = shown(write, catalogue, ["flow", "", "the ", 14, 1.0, 1.0, 1, 0, "cat", "e"])
+    assert "st-notice" not in html, words(html)
+    (text,) = stages(html)
+    assert " cat" in text
+    assert "e" not in text.removeprefix("the ")
+    assert "--contains cat" in words(html)
+    assert "--without e" in words(html)
+    html = shown(write, catalogue, ["flow", "", "the _", 24, 1.0, 1.0, 1, 0, "cat", ""])
+    assert "st-notice" in html
+
+
+def test_a_request_that_is_asked_again_gets_the_next_seed():
+    gr = pytest.importorskip("gradio")
+    from tarflowlm_apps.studio.page import newest, next_seed
+
+    def view(*given):
+        yield str(given)
+
+    one, other, last = gr.Request(session_hash="1"), gr.Request(session_hash="2"), {}
+    list(newest(view, last)(one, "text", 0, "more"))
+    again = next_seed(1, last)
+    assert again(one, "text", 0, "more") == 1
+    assert again(one, "another text", 0, "more") == 0
+    assert again(other, "text", 0, "more") == 0
+    assert again(one, "text", None, "more") is None
+    assert next_seed(1)(other, "text", 7, "more") == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,6 +226,16 @@ def test_a_scored_text_is_watched_in_passes():
     assert words(last) == "the little girl ran"
     beyond = "the little girl ran " * 20
     assert "Passes of" not in shown(compare, catalogue, [["english-passes"], beyond])
+
+
+def test_characters_of_several_tokens_are_whole_and_named_as_rare(catalogue):
+    models = Catalogue(["english-small"])
+    html = shown(compare, models, [["english-small"], "Der M\u00fcller \u201csah\u201d \u2013 den"])
+    text = 'Der M\u00fcller "sah" - den'
+    assert stages(html, "st-heat") == [text]
+    assert f"read as: {text}" in words(html)
+    assert "Hardly ever in the text that it learnt from, if at all: \u00fc" in words(html)
+    assert "Hardly ever" not in shown(compare, catalogue, VALID[compare])
 
 
 @pytest.mark.slow
@@ -260,7 +309,7 @@ def test_runs_of_one_name_are_all_in_the_catalogue(folder, tmp_path):
 
 
 def test_the_request_is_above_its_result(catalogue, folder):
-    html = shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3])
+    html = shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3, "", ""])
     assert words(html).startswith("tarflowlm sample")
     command, *_ = re.findall(r"<code>(.*?)</code>", html)
     program, name, model, *options = shlex.split(words(command))
@@ -306,16 +355,27 @@ def test_passes_play_where_blocks_share_the_work():
     """Elsewhere the page says that there is nothing to see, and which model shows something."""
     catalogue = Catalogue()
     for name, plays in (("english-passes", True), ("english-mini", False)):
-        html = shown(write, catalogue, [name, "", "", 24, 0.8, 1.0, 1, 0])
+        html = shown(write, catalogue, [name, "", "", 24, 0.8, 1.0, 1, 0, "", ""])
         assert ("data-play" in html) is plays
 
 
-def test_the_first_example_fills_every_gap():
+def test_the_first_example_comes_to_its_end():
     pytest.importorskip("gradio")
     from tarflowlm_apps.studio.page import EXAMPLES
 
     _, model, text, length, seed = EXAMPLES[0]
-    html = shown(write, Catalogue(), [model, "", text, length, 0.8, 1.0, 1, seed])
+    html = shown(write, Catalogue(), [model, "", text, length, 0.9, 0.9, 1, seed, "", ""])
+    assert stages(html)[0].endswith(".∎"), stages(html)
+    assert "cut at" not in html
+
+
+def test_the_example_of_passes_fills_every_gap():
+    pytest.importorskip("gradio")
+    from tarflowlm_apps.studio.page import EXAMPLES
+
+    (example,) = (one for one in EXAMPLES if one[1] == "english-passes")
+    _, model, text, length, seed = example
+    html = shown(write, Catalogue(), [model, "", text, length, 0.8, 1.0, 1, seed, "", ""])
     *_, first, last = re.findall(r"after block \d: [^<]+", html.split("st-rows")[1])
     assert re.fullmatch(r"after block 2: \d+ of \d+ written, ([5-9]|\d\d) still noise", first)
     assert re.fullmatch(r"after block 1: ([5-9]|\d\d) of \d+ changed", last)
@@ -327,7 +387,7 @@ def test_a_model_without_passes_names_one_with_them():
     catalogue = Catalogue(["english-passes", "english-mini"])
     assert catalogue.for_passes == "english-passes"
     two_blocks = Catalogue()
-    html = shown(write, two_blocks, ["english-small", "", "Once upon", 24, 0.8, 1.0, 1, 0])
+    html = shown(write, two_blocks, ["english-small", "", "Once upon", 24, 0.8, 1.0, 1, 0, "", ""])
     is_one_block = two_blocks.entry("english-small").run.model.num_blocks == 1
     assert ("Choose english-passes to see two steps" in html) is not is_one_block
 
@@ -335,7 +395,7 @@ def test_a_model_without_passes_names_one_with_them():
 def test_a_gap_that_a_model_cannot_fill_is_offered_to_one_that_can():
     catalogue = Catalogue()
     html = shown(
-        write, catalogue, ["english-passes", "", "the [...] of the king", 24, 0.8, 1, 1, 0]
+        write, catalogue, ["english-passes", "", "the [...] of the king", 24, 0.8, 1, 1, 0, "", ""]
     )
     (link,) = re.findall('href="([^"]+)"', html)
     asked = dict(parse_qsl(unescape(link).removeprefix("?")))
@@ -398,10 +458,10 @@ def test_a_run_that_is_removed_is_chosen_no_more(folder, tmp_path):
 
 
 def test_a_link_brings_its_request_back(catalogue):
-    html = shown(write, catalogue, ["flow", ["baseline"], "a & b", 12, 0.8, 1.0, 1, 3])
+    html = shown(write, catalogue, ["flow", ["baseline"], "a & b", 12, 0.8, 1.0, 1, 3, "", ""])
     (link,) = re.findall('href="([^"]+)"', html)
     asked = dict(parse_qsl(unescape(link).removeprefix("?")))
-    usual = ["baseline", [], "", 96, 1.0, 1.0, 1, 0]
+    usual = ["baseline", [], "", 96, 1.0, 1.0, 1, 0, "", ""]
     assert from_address(asked, usual, catalogue.models) == [
         "flow",
         ["baseline"],
@@ -411,6 +471,8 @@ def test_a_link_brings_its_request_back(catalogue):
         1.0,
         1,
         3,
+        "",
+        "",
     ]
     assert from_address({}, usual, catalogue.models) == usual
     bad = {"model": "../etc", "beside": "etc", "length": "x", "seed": "1e9", "temperature": HOSTILE}
