@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tarflowlm.cli.compare import compare
+from tarflowlm.cli.disk import show_disk
 from tarflowlm.cli.options import Json
 from tarflowlm.errors import UserError, counted
 from tarflowlm.options import Flag, arg
@@ -39,6 +40,10 @@ class Args(Json):
     """Run directories, shipped models or hf:OWNER/NAME; or folders of runs, two levels deep."""
     compare: Flag = False
     """Compare runs in a table, even if only one is given: `tarflowlm runs`."""
+    disk: Flag = False
+    """Say where models, prepared texts, compiled steps and runs lie, how large they are, and what
+    may be deleted.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +56,9 @@ class Args(Json):
 
 def run(args: Args) -> None:
     paths = args.directories
+    if args.disk:
+        show_disk(paths, as_json=args.json)
+        return
     folders = filter(Path.is_dir, map(folder_of, paths))
     if args.compare or not all((folder / CONFIG).exists() for folder in folders):
         compare(paths, as_json=args.json)
