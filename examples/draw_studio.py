@@ -30,12 +30,12 @@ def take(page: Page, out: Path) -> None:
         for text in (*words, "in all"):
             page.locator(".st-view:visible").get_by_text(text).first.wait_for()
 
-    wait()
-    save(page.locator(".st-card:visible").first, out / "passes.png")
-    save(page, out / "studio" / "passes.png", scale="css")
-    page.get_by_role("button", name="Begin a tale").click()
     wait("--length 160")
     save(page, out / "studio" / "write.png", scale="css")
+    page.get_by_role("button", name="Watch passes").click()
+    wait("--length 128")
+    save(page.locator(".st-card:visible").first, out / "passes.png")
+    save(page, out / "studio" / "passes.png", scale="css")
     for tab, words in TABS.items():
         page.get_by_role("tab", name=tab.capitalize(), exact=True).click()
         wait(words)
