@@ -324,6 +324,16 @@ def test_a_text_itself_is_evaluated_as_its_file_is(tmp_path):
         lm.evaluate([text], split="test")
 
 
+def test_a_corpus_may_be_read_with_another_normalisation():
+    model = tiny_ar(vocab_size=257, context=16).float()
+    lm = tarflowlm.Pretrained(model, ByteTokenizer(has_end=True))
+    plain, letters = (
+        lm.evaluate("tales", split="valid", windows=2, normalize=how) for how in (None, "text8")
+    )
+    assert plain.tokens == letters.tokens == 32
+    assert plain.nats_per_token != letters.nats_per_token
+
+
 def test_a_text_of_less_than_a_patch_is_refused():
     model = tiny_flow(vocab_size=256, context=16, patch=2).float()
     lm = tarflowlm.Pretrained(model, ByteTokenizer())

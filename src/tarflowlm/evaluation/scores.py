@@ -350,7 +350,9 @@ def read_source(
         what = f"cannot find the training text {source} of {lm.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
     text = replace(ours, source=source, unwrap=ours.unwrap and is_own)
-    is_corpus = data is None or is_named or os.path.isdir(path)
+    # a corpus is kept with the tokenizer of a model, as it is
+    is_plain = tokenizer.normalization == lm.tokenizer.normalization
+    is_corpus = (data is None or is_named or os.path.isdir(path)) and is_plain
     if split == "all" or not is_corpus:
         tokens = encode_text(text, tokenizer, split, progress=progress)
         # before the work, so that an unreadable text costs one line

@@ -25,7 +25,7 @@ from tarflowlm.runs.weights import (
     check_finite,
     check_size,
     is_whole,
-    misfit,
+    mismatch,
     read_header,
     read_weights,
     settings_sha256,
@@ -185,7 +185,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise misfit(path, str(error).splitlines()[1].strip()) from None
+        raise mismatch(path, str(error).splitlines()[1].strip()) from None
     check_finite(tensors, str(path))
     if info.get(SETTINGS, settings := settings_sha256(read_json(directory / CONFIG))) != settings:
         what = "its model or its temperature was changed after the weights were saved"

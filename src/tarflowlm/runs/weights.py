@@ -87,10 +87,10 @@ def check_size(shapes: Shapes, config: LanguageModelConfig, path: Path) -> None:
     size = sum(map(prod, shapes.values()))
     if config.num_layers > len(shapes) or config.least_size > size:
         wanted = f"{counted(config.num_layers, 'layer')} of width {config.trunk.width:,}"
-        raise misfit(path, f"{len(shapes)} tensors with {size:,} numbers are no {wanted}")
+        raise mismatch(path, f"{len(shapes)} tensors with {size:,} numbers are no {wanted}")
 
 
-def misfit(path: Path, problem: str) -> UserError:
+def mismatch(path: Path, problem: str) -> UserError:
     """The error for weights of another model than their configuration's."""
     what = f"{path} does not fit {CONFIG}: {problem:.200}"
     return UserError(f"{what}: restore both files from one run")
