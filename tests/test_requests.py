@@ -1,6 +1,7 @@
 """Requests: Python, the command line and the request objects give the same texts and bits."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -43,6 +44,19 @@ def test_a_stop_and_words_that_are_read_differently_are_named(flow):
     assert samples.notices == ["contains read as: caf"]
     samples = Samples(Writing("At", stop=("at", "Once"), length=20), flow)
     assert samples.notices == ["read as: at", "stop read as: once"]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "template"])
+def test_reading_twice_as_many_texts_takes_about_twice_as_long(flow, kind):
+    def seconds(count: int) -> float:
+        text = "the king" if kind == "prompt" else "the _"
+        request = Writing(**{kind: [text] * count})
+        begun = time.process_time()
+        Samples(request, flow)
+        return time.process_time() - begun
+
+    seconds(10)
+    assert min(seconds(2000) for _ in range(3)) < 3 * min(seconds(1000) for _ in range(3))
 
 
 def test_the_command_of_a_text_that_looks_like_an_option():

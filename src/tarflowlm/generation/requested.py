@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
 from tarflowlm.generation.rules import Enough, Forbidden, Matching, Rule
 from tarflowlm.model import as_flow
-from tarflowlm.requests import Writing, as_texts
+from tarflowlm.requests import Sampling, Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
 
 LENGTHS = {"words": 64, "sentences": 512}
@@ -69,8 +69,9 @@ def plans(
         for one in as_texts(request.contains, "contains")
     ]
     request = replace(request, without=(), allowed=allowed)
+    samplings = _samplings(request, lm)
     return [
-        _of_reading(request, lm, one, words, rules, past_end, draws)
+        _of_reading(request, lm, one, words, rules, past_end, draws, samplings)
         for one in (*readings,) or (None,)
     ]
 
@@ -95,6 +96,16 @@ def _constraints(request: Writing, lm: Checkpoint) -> tuple[Allowed | None, tupl
     return allowed, tuple(rules)
 
 
+def _samplings(request: Writing, lm: Checkpoint) -> tuple[Sampling, Sampling]:
+    """How tokens are drawn where all may come, and elsewhere; the model's own way by default."""
+    # without the texts, which every copy would check again
+    given = Sampling(**{one.name: getattr(request, one.name) for one in fields(Sampling)})
+    if given.temperature is not None or not lm.model.config.takes_temperature:
+        return given, given
+    bound = replace(given, temperature=lm.run.temperature)
+    return bound if given.top_p is not None else replace(bound, top_p=lm.run.top_p), bound
+
+
 def _of_reading(
     request: Writing,
     lm: Checkpoint,
@@ -103,6 +114,7 @@ def _of_reading(
     rules: Sequence[Rule],
     past_end: bool,
     draws: bool,
+    samplings: tuple[Sampling, Sampling],
 ) -> Plan:
     """The plan of a prompt, a template or a free text; `words` are added unless it has them.
 
@@ -146,19 +158,16 @@ def _of_reading(
     # the probability of such tokens weighs particles, and is all that stacks can be told
     if begins is not None and not added and (not draws or (request.particles or 1) > 1):
         template.append(Gap(shown - given, least=shown - given, begins=begins))
-    top_p = None
-    if request.temperature is None and lm.model.config.takes_temperature:
-        request = replace(request, temperature=lm.run.temperature)
-        if request.top_p is None and not is_template:
-            is_free = allowed is None and not rules and all(map(torch.is_tensor, template))
-            if is_free:
-                request = replace(request, top_p=lm.run.top_p)
-            else:
-                top_p = lm.run.top_p
+    free, bound = samplings
+    is_free = allowed is None and not rules and not is_template
+    is_free &= all(map(torch.is_tensor, template))
+    # a constraint may need improbable tokens: the model's own top-p then counts those that may come
+    is_own = free.top_p is not None and bound.top_p is None
+    top_p = free.top_p if is_own and not is_free and not is_template else None
     found = plan(
         lm.model,
         template,
-        request,
+        free if is_free else bound,
         num_tokens=len(lead) + shown,
         allowed=allowed,
         rules=rules,
