@@ -214,15 +214,17 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible", "small_batches")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(
+    "name", [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+)
+def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, name):
     calls: list[int] = []
     writer = samples.Writer
 
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 3:
-            signal.raise_signal(number)
+            signal.raise_signal(getattr(signal, name))
         return writer(*args, **options)
 
     monkeypatch.setattr(samples, "Writer", interrupted)

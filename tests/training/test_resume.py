@@ -1,7 +1,7 @@
 """A run that was killed or stopped anywhere, and resumed, equals the run that was never stopped.
 
 More kills of processes, or the same ones again: TARFLOWLM_KILLS=200 TARFLOWLM_KILL_SEED=7 pytest -s
--k processes
+-k random_instants
 """
 
 import errno
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ from training_cases import (
 )
 
 from helpers import flip, mostly_nightly
-from tarflowlm.cli.signals import stop_on_signals
+from tarflowlm.cli.signals import handled, stop_on_signals
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.errors import Stopped, UserError
+from tarflowlm.errors import SILENT, Progress, Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.weights import write_manifest
 from tarflowlm.training import checkpoint, parallel, writer
@@ -48,6 +49,7 @@ from tarflowlm.training.train import train
 PARTS = 6
 """Of the events at which a run is killed; the first is tested with every change."""
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "12"))
+NEEDS_TERMINAL = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
 SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10**6)
 
 
@@ -178,19 +180,44 @@ def test_an_evaluation_comes_after_a_state_of_its_step(tmp_path, corpus_file, mo
         pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(14, signal.SIGINT, marks=[pytest.mark.slow, pytest.mark.nightly]),
         pytest.param("test", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(9, getattr(signal, "SIGHUP", None), marks=[NEEDS_TERMINAL, pytest.mark.slow]),
     ],
 )
 def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, at, number):
     config, never_stopped, num_events = whole
-    out, before = tmp_path / "my run", signal.getsignal(number)
+    out = tmp_path / "my run"
     reporter = Killer(num_events - 1 if at == "test" else at, lambda: os.kill(os.getpid(), number))
     how = f"stopped by {signal.Signals(number).name} and saved at step .*train --resume '{out}'"
-    with pytest.raises(Stopped, match=how):
-        train(config, out, device=CPU, reporter=reporter, stop_requests=stop_on_signals)
-    assert signal.getsignal(number) == before
+    # whoever runs the tests may have it ignored
+    with handled({number: signal.default_int_handler}):
+        with pytest.raises(Stopped, match=how):
+            train(config, out, device=CPU, reporter=reporter, stop_requests=stop_on_signals)
+        assert signal.getsignal(number) is signal.default_int_handler
     load_checkpoint(out)
     resume(out)
     assert_same_run(out, never_stopped)
+
+
+@NEEDS_TERMINAL
+def test_a_closed_terminal_is_one_signal_and_takes_no_more_lines():
+    """A shell repeats the signal to its programs; `nohup` has it ignored."""
+    first, second = os.openpty()
+    kept = os.dup(2)
+    try:
+        os.dup2(second, 2)
+        with handled({signal.SIGHUP: signal.SIG_DFL}), stop_on_signals() as stopped:
+            os.close(first)
+            os.close(second)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(2, b"a line to nobody")
+            assert stopped() == "SIGHUP"
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    with handled({signal.SIGHUP: signal.SIG_IGN}), stop_on_signals() as stopped:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopped() is None
 
 
 @pytest.mark.slow
@@ -210,11 +237,29 @@ def test_second_signal_leaves_at_once(tmp_path, whole):
     load_checkpoint(tmp_path / "run")
 
 
-def work(config, out: Path, cache: str) -> None:
+class KilledAtStage(Progress):
+    """Kills the process at the beginning of a stage."""
+
+    def __init__(self, begins: str) -> None:
+        self.begins = begins
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        if name.startswith(self.begins):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(config, out: Path, cache: str, reporter: Progress = SILENT) -> None:
     """In a process of its own: begin the run, or go on with it."""
     os.environ["TARFLOWLM_CACHE"] = cache
     torch.set_num_threads(1)
-    train(config, out, device=CPU)
+    train(config, out, device=CPU, reporter=reporter)
+
+
+def processes() -> Any:
+    """Where processes begin with PyTorch and this package loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "tarflowlm.training.train"])
+    return context
 
 
 def unfinished(out: Path) -> bool:
@@ -223,14 +268,24 @@ def unfinished(out: Path) -> bool:
 
 
 @pytest.mark.slow
+def test_a_process_killed_as_each_stage_begins_resumes_to_the_same_bits(tmp_path, whole):
+    config, never_stopped, _ = whole
+    out, cache = tmp_path / "run", os.environ["TARFLOWLM_CACHE"]
+    for begins in ("stage 1", "stage 2", "stage 3", "evaluating"):
+        process = processes().Process(target=work, args=(config, out, cache, KilledAtStage(begins)))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert_loads_or_is_new(out)
+    resume(out)
+    assert_same_run(out, never_stopped)
+
+
+@pytest.mark.slow
 @pytest.mark.nightly
 def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, corpus_file):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tarflowlm.training.train"])
-    config, rng = (
-        tiny_run(corpus_file, stage_steps=(3, 3, 2), log_every=3, checkpoint_every=1),
-        random.Random(SEED),
-    )
+    context, rng = processes(), random.Random(SEED)
+    config = tiny_run(corpus_file, stage_steps=(3, 3, 2), log_every=3, checkpoint_every=1)
 
     def start(out: Path) -> multiprocessing.Process:
         process = context.Process(target=work, args=(config, out, os.environ["TARFLOWLM_CACHE"]))

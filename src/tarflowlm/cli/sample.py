@@ -13,7 +13,7 @@ import tyro
 
 from tarflowlm import compiled
 from tarflowlm.cli.options import OfModel, check_lines, load_checkpoint, read_lines
-from tarflowlm.cli.signals import handled
+from tarflowlm.cli.signals import handled, of_hang_up
 from tarflowlm.errors import UserError, counted
 from tarflowlm.files import json_line, new_lines
 from tarflowlm.options import File, Flag, arg
@@ -72,8 +72,9 @@ def run(args: Args) -> None:
                     # also before the message of an interrupt
                     write_out("\n")
             return
-        # SIGTERM raises KeyboardInterrupt, as SIGINT does
-        interrupts = handled({signal.SIGTERM: signal.default_int_handler})
+        # the other signals raise KeyboardInterrupt, as SIGINT does
+        raised = signal.default_int_handler
+        interrupts = handled({signal.SIGTERM: raised} | of_hang_up(raised))
         path = args.out if processes.first else None
         with interrupts, nullcontext() if path is None else new_lines(path) as out:
             _write(args, samples, out)
