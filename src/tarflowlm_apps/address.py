@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Annotated
 
 from tarflowlm import compiled
@@ -43,10 +44,17 @@ class Serving(OnDevice):
 
     def warn(self, what: str) -> None:
         """Say who can use `what` is served, if it is not this machine alone."""
-        if self.host not in LOOPBACK:
+        if not is_local(self.host):
             print_notice(
                 f"anyone who can reach {self.host} can use this {what}, without a password"
             )
+
+
+def is_local(host: str) -> bool:
+    """Whether a host is this machine alone."""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host.lower() == "localhost"
 
 
 def names_of(host: str) -> list[str]:
@@ -55,7 +63,7 @@ def names_of(host: str) -> list[str]:
     If it serves this machine alone, no others: a page elsewhere could let its own name point here
     (DNS rebinding).
     """
-    return [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+    return [*LOOPBACK, "[::1]", host] if is_local(host) else ["*"]
 
 
 def listen(host: str, port: int | None) -> socket.socket:
