@@ -122,8 +122,9 @@ class Ending:
 
 async def read_body(request: Request) -> Completion:
     """The request in a body of JSON, in which null stands for a default."""
-    if "json" not in request.headers.get("content-type", ""):
-        # pages of other origins may send other types without asking
+    kind, *_ = request.headers.get("content-type", "").split(";")
+    if kind.strip().lower() != "application/json":
+        # pages of other origins may send other types without asking, with any parameters
         raise HTTPException(415, "the body is no JSON: send Content-Type: application/json")
     kept, size = bytearray(), 0
     async for chunk in request.stream():

@@ -225,11 +225,27 @@ def test_a_wrong_body_model_or_address_gets_one_line(twin):
     status, found = twin.post(b'{"prompt": "' + b"x" * 10_000_000 + b'"}')
     assert (status, "at most" in found["error"]["message"]) == (413, True)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KB
-    # a page of another origin cannot ask: a plain text needs no permission of its browser
-    assert twin.post({"model": twin.name}, kind="text/plain")[0] == 415
     status, found = twin.post({}, "chat/completions")
     assert (status, "/v1/completions" in found["error"]["message"]) == (404, True)
     assert twin.post({}, "models")[0] == 405
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text/plain",
+        "text/plain;json",
+        "text/plain; charset=json",
+        "multipart/form-data; boundary=json",
+        "application/x-www-form-urlencoded; a=json",
+    ],
+)
+def test_a_page_elsewhere_cannot_ask(twin, kind):
+    """A browser sends these types to other origins without asking."""
+    body = {"model": twin.name, "prompt": "a", "max_tokens": 1}
+    assert twin.post(body, kind=kind)[0] == 415
+    for same in ("application/json; charset=utf-8", "Application/JSON"):
+        assert twin.post(body, kind=same)[0] == 200
 
 
 def test_a_client_that_leaves_ends_its_work(twin, monkeypatch):
