@@ -1,8 +1,10 @@
 """`tarflowlm serve MODEL`: other programs write, fill in and score by the OpenAI interface."""
 
+import signal
 from dataclasses import dataclass
 
 from tarflowlm.cli.options import OfModel, load_checkpoint
+from tarflowlm.cli.signals import handled, of_hang_up
 from tarflowlm.errors import check_package
 from tarflowlm.runs.hub import PREFIX, shown_name
 from tarflowlm.schema import Count
@@ -16,6 +18,8 @@ class Args(Serving, OfModel):
 
     samples: Count = 8
     """Posterior samples averaged in the log-probabilities of a flow; the baseline is exact."""
+    seconds: Count = 30
+    """Seconds that a client has to send its request, or to take a part of its answer."""
 
 
 def run(args: Args) -> None:
@@ -25,6 +29,7 @@ def run(args: Args) -> None:
     check_package("uvicorn", "serve", "serve")
     import uvicorn
 
+    from tarflowlm_apps.serve.connection import settings
     from tarflowlm_apps.serve.server import application
 
     at = listen(args.host, args.port or 8000)
@@ -32,17 +37,13 @@ def run(args: Args) -> None:
     args.compile_steps()
     name = shown_name(args.directory, lm.directory).removeprefix(PREFIX)
     args.warn("model")
-    settings = uvicorn.Config(
-        application(lm, name, args.samples, names_of(args.host)),
-        log_level="warning",
-        lifespan="off",
-        timeout_graceful_shutdown=1,
-    )
+    app = application(lm, name, args.samples, names_of(args.host))
     host = f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{host}:{at.getsockname()[1]}/v1"
-    with suppress(KeyboardInterrupt):
+    end = handled(of_hang_up(lambda *_: signal.raise_signal(signal.SIGTERM)))
+    with suppress(KeyboardInterrupt), end:
         if args.json:
             print_json({"url": url, "model": name})
         else:
             print(f"{url} serves {name}; Ctrl-C ends it", flush=True)
-        uvicorn.Server(settings).run(sockets=[at])
+        uvicorn.Server(settings(app, args.seconds)).run(sockets=[at])
