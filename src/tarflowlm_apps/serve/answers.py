@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Annotated, Any, ClassVar, cast
 
@@ -62,8 +63,9 @@ class Completion(Checked):
     frequency_penalty: NoPenalty = 0.0
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        if len(as_texts(self.stop)) > 16:
-            yield "stop", "give at most 16 texts"
+        stops = as_texts(self.stop)
+        if len(stops) > 16 or any(len(stop) > 1000 for stop in stops):
+            yield "stop", "give at most 16 texts, of at most 1,000 characters"
         if not self.prompt and not isinstance(self.prompt, str):
             yield "prompt", "give at least one"
         one = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
@@ -154,45 +156,56 @@ class Waiting(Progress):
 class Answer:
     """The choices that answer a request: `n` for each prompt, in order.
 
-    UserError for what the model cannot do. `draws` are the posterior samples of a flow's scores.
+    UserError for more than `most` of them. `draws` are the posterior samples of a flow's scores.
     """
 
-    def __init__(self, ask: Completion, lm: Checkpoint, draws: int) -> None:
+    def __init__(self, ask: Completion, lm: Checkpoint, draws: int, most: int) -> None:
         self.ask, self.lm, self.draws = ask, lm, draws
         self.tokenizer = lm.tokenizer
         several = ask.prompt if isinstance(ask.prompt, tuple) else (ask.prompt,)
-        prompts = (ask.prompt,) if isinstance(several[0], int) else several
+        self.prompts = (ask.prompt,) if isinstance(several[0], int) else several
+        count = ask.n * len(self.prompts)
+        if count > most:
+            raise UserError(f"{count:,} texts in all: ask for at most {most:,} in one request")
         # the tokenizer of `export --causal-lm` puts the start of a text before it
-        self.starts = [one[:1] == (self.tokenizer.vocab_size,) for one in prompts]
-        self.given = [
-            self._tokens(one[start:]) for one, start in zip(prompts, self.starts, strict=True)
-        ]
-        total = ask.n * sum(len(tokens) + ask.max_tokens for tokens in self.given)
-        if total > MOST:
-            raise UserError(f"{total:,} tokens in all: ask for at most {MOST:,} in one request")
-        texts = [
-            one if isinstance(one, str) else self.tokenizer.decode(tokens)
-            for one, tokens in zip(prompts, self.given, strict=True)
-        ]
+        self.starts = [one[:1] == (self.tokenizer.vocab_size,) for one in self.prompts]
+        self.given: list[Tensor] = []
+        """The tokens of the prompts, once they are read."""
         self.samples: Samples | None = None
-        if ask.max_tokens:
-            if any(texts) and not all(texts):
-                where = f"prompt {texts.index('') + 1} of {len(texts)}"
-                raise UserError(f"{where} is empty: give it a text, or send it alone")
-            readings = None
-            if any(texts) and not isinstance(prompts[0], str):
-                readings = [
-                    Reading(self._within(tokens), text, text)
-                    for tokens, text in zip(self.given, texts, strict=True)
-                ]
-            self.samples = Samples(ask.writing(texts), lm, prompts=readings)
-        self.num_given = 0 if ask.max_tokens else sum(map(len, self.given))
+        self.num_given = 0
         """Given tokens of the prompts of finished choices."""
         self.new = 0
         """New tokens of finished choices."""
         self.progress = Waiting()
 
+    def _read(self) -> None:
+        """Read the prompts. UserError for what the model cannot do."""
+        ask = self.ask
+        pairs = list(zip(self.prompts, self.starts, strict=True))
+        self.given = [self._tokens(one[start:]) for one, start in pairs]
+        total = ask.n * sum(len(tokens) + ask.max_tokens for tokens in self.given)
+        if total > MOST:
+            raise UserError(f"{total:,} tokens in all: ask for at most {MOST:,} in one request")
+        if not ask.max_tokens:
+            self.num_given = sum(map(len, self.given))
+            return
+        texts = [
+            one if isinstance(one, str) else self.tokenizer.decode(tokens)
+            for one, tokens in zip(self.prompts, self.given, strict=True)
+        ]
+        if any(texts) and not all(texts):
+            where = f"prompt {texts.index('') + 1} of {len(texts)}"
+            raise UserError(f"{where} is empty: give it a text, or send it alone")
+        readings = None
+        if any(texts) and not isinstance(self.prompts[0], str):
+            readings = [
+                Reading(self._within(tokens), text, text)
+                for tokens, text in zip(self.given, texts, strict=True)
+            ]
+        self.samples = Samples(ask.writing(texts), self.lm, prompts=readings)
+
     def _tokens(self, prompt: Any) -> Tensor:
+        self.progress.advance()
         if isinstance(prompt, str):
             return read(self.tokenizer, prompt, name="prompt").tokens if prompt else NOTHING
         self.tokenizer.decode(prompt)  # UserError for numbers that are no tokens
@@ -218,8 +231,13 @@ class Answer:
         return found | {"total_tokens": self.num_given + self.new}
 
     def parts(self) -> Generator[list[Part], None, None]:
-        """The next parts of the choices; an empty list is a sign of life."""
+        """The next parts of the choices; an empty list is a sign of life.
+
+        The first one says that the prompts are read. UserError for what the model cannot do.
+        """
         with suppress(CancelledError):
+            self._read()
+            yield []
             yield from self._parts()
 
     def _parts(self) -> Iterator[list[Part]]:
@@ -295,12 +313,16 @@ class Answer:
             "text_offset": offsets,
         }
 
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(map(name_of, self.tokenizer.token_bytes))
+
     def _scored(self, tokens: Tensor) -> list[Scored]:
         """The text of every token, its log-probability as in `score`, and the most probable."""
         model, most = self.lm.model, self.ask.logprobs or 0
         if not len(tokens):
             return []
-        names = list(map(name_of, self.tokenizer.token_bytes))
+        names = self._names
         seed = self.ask.seed or 0
         scored = score(model, tokens, samples=self.draws, seed=seed, progress=self.progress)
         others: list[dict[str, float | None]] = []

@@ -18,6 +18,10 @@ class Args(Serving, OfModel):
 
     samples: Count = 8
     """Posterior samples averaged in the log-probabilities of a flow; the baseline is exact."""
+    most_texts: Count = 1024
+    """Most texts of a request: its prompts, times n."""
+    at_once: Count = 8
+    """Requests that the model works on at once, in turn; further ones wait."""
     seconds: Count = 30
     """Seconds that a client has to send its request, or to take a part of its answer."""
 
@@ -37,7 +41,14 @@ def run(args: Args) -> None:
     args.compile_steps()
     name = shown_name(args.directory, lm.directory).removeprefix(PREFIX)
     args.warn("model")
-    app = application(lm, name, args.samples, names_of(args.host))
+    app = application(
+        lm,
+        name,
+        args.samples,
+        names_of(args.host),
+        texts=args.most_texts,
+        at_once=args.at_once,
+    )
     host = f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{host}:{at.getsockname()[1]}/v1"
     end = handled(of_hang_up(lambda *_: signal.raise_signal(signal.SIGTERM)))

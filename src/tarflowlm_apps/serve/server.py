@@ -21,16 +21,26 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.schema import from_dict
-from tarflowlm_apps.serve.answers import Answer, Completion, Part
+from tarflowlm_apps.serve.answers import MOST, Answer, Completion, Part
 
-BYTES = 4 << 20  # the longest body
+BYTES = 2 << 20  # the longest body
 LOOK = 0.5  # seconds between two looks whether a client still waits for a long step
-AT_ONCE = 8  # requests in the works; the model takes a step for one of them at a time
 
 
-def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Starlette:
-    """The routes for a model called `name`, under these `hosts`; `draws` as in `Answer`."""
-    places = asyncio.Semaphore(AT_ONCE)
+def application(
+    lm: Checkpoint,
+    name: str,
+    draws: int,
+    hosts: list[str],
+    *,
+    texts: int,
+    at_once: int,
+) -> Starlette:
+    """The routes for a model called `name`, under these `hosts`.
+
+    `draws` and `texts` as in `Answer`; the model works on `at_once` requests, the others wait.
+    """
+    places = asyncio.Semaphore(at_once)
     # one thread works, in turn: several would slow each other down, and each keep memory
     worker = ThreadPoolExecutor(1)
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tarflowlm"}
@@ -39,45 +49,64 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
         ask = await read_body(request)
         if ask.model != name:
             return unknown_model(request, ask.model)
-        loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(worker, Answer, ask, lm, draws)
+        answer = Answer(ask, lm, draws, texts)
+        parts = worked(request, answer)
+        await anext(parts, None)  # what the model cannot do is an error, also for a stream
         head: dict[str, Any] = {"id": f"cmpl-{time.time_ns():x}", "created": int(time.time())}
         head |= {"object": "text_completion", "model": name}
         if ask.stream:
-            return StreamingResponse(events(request, answer, head), media_type="text/event-stream")
+            sent = events(request, answer, parts, head)
+            return StreamingResponse(sent, media_type="text/event-stream")
         whole: dict[int, Part] = {}
-        async with aclosing(worked(request, answer)) as parts:
-            async for part in parts:
-                before = whole.get(part["index"], {"text": ""})
-                whole[part["index"]] = part | {"text": before["text"] + part["text"]}
+        async with aclosing(parts):
+            async for some in parts:
+                for part in some:
+                    before = whole.get(part["index"], {"text": ""})
+                    whole[part["index"]] = part | {"text": before["text"] + part["text"]}
         head["choices"] = [whole[index] for index in sorted(whole)]
         return JSONResponse(head | {"usage": answer.usage} | answer.notices)
 
-    async def worked(request: Request, answer: Answer) -> AsyncGenerator[Part, None]:
-        """The parts of an answer, as long as its client is there."""
+    async def worked(request: Request, answer: Answer) -> AsyncGenerator[list[Part], None]:
+        """The parts of an answer, as long as its client is there.
+
+        The model does not wait for a client: one that takes no part for LOOK seconds loses its
+        place to others.
+        """
         steps, loop = answer.parts(), asyncio.get_running_loop()
-        async with places:
-            try:
-                while not await request.is_disconnected():
-                    step = loop.run_in_executor(worker, next, steps, None)
-                    while not (await asyncio.wait([step], timeout=LOOK))[0]:
-                        if await request.is_disconnected():
-                            return
-                    if (parts := step.result()) is None:
+        place = Place(places)
+        step: asyncio.Future[list[Part] | None] | None = None
+        try:
+            while True:
+                await place.take()
+                if await request.is_disconnected():
+                    return
+                step = loop.run_in_executor(worker, next, steps, None)
+                while not (await asyncio.wait([step], timeout=LOOK))[0]:
+                    if await request.is_disconnected():
                         return
-                    for part in parts:
-                        yield part
-            finally:
-                answer.progress.is_over = True
-                worker.submit(steps.close)  # after the step that may still be at work
+                if (parts := step.result()) is None:
+                    return
+                late = loop.call_later(LOOK, place.leave)
+                yield parts
+                late.cancel()
+        finally:
+            place.leave()
+            if step is not None:
+                step.cancel()  # if it has not begun
+            answer.progress.is_over = True
+            worker.submit(steps.close)  # after the step that may still be at work
 
     async def events(
-        request: Request, answer: Answer, head: dict[str, Any]
+        request: Request,
+        answer: Answer,
+        parts: AsyncGenerator[list[Part], None],
+        head: dict[str, Any],
     ) -> AsyncGenerator[str, None]:
         try:
-            async with aclosing(worked(request, answer)) as parts:
-                async for part in parts:
-                    yield f"data: {json.dumps(head | {'choices': [part]})}\n\n"
+            async with aclosing(parts):
+                async for some in parts:
+                    for part in some:
+                        yield f"data: {json.dumps(head | {'choices': [part]})}\n\n"
         except Exception as error:
             if not isinstance(error, UserError):
                 logging.getLogger("uvicorn.error").error("a stream ended early", exc_info=error)
@@ -109,6 +138,24 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
     )
 
 
+class Place:
+    """A place among those on whose requests the model works."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self.places = places
+        self.is_taken = False
+
+    async def take(self) -> None:
+        if not self.is_taken:
+            await self.places.acquire()
+            self.is_taken = True
+
+    def leave(self) -> None:
+        if self.is_taken:
+            self.places.release()
+            self.is_taken = False
+
+
 class Ending:
     """A request that the end of the server cancels ends without a traceback."""
 
@@ -138,8 +185,15 @@ async def read_body(request: Request) -> Completion:
         raise UserError(f"the body is no JSON: {error}") from None
     if not isinstance(body, dict):
         raise UserError('the body is no JSON object: send {"model": ..., "prompt": ...}')
+    if (count := sum(map(num_items, body.values()))) > 2 * MOST:
+        raise UserError(f"lists of {count:,} items in all: send at most {MOST:,} tokens")
     given = {name: value for name, value in body.items() if value is not None}
     return from_dict(Completion, given, "")
+
+
+def num_items(value: object) -> int:
+    """The items of a list and of the lists in it."""
+    return len(value) + sum(map(num_items, value)) if isinstance(value, list) else 0
 
 
 def failed(_request: Request, error: Exception, code: str | None = None) -> JSONResponse:

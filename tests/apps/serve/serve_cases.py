@@ -76,7 +76,7 @@ class Served:
 
 
 @contextmanager
-def serving(lm: tarflowlm.Pretrained, name: str, *, seconds: int = 60, buffer: int = 0):
+def serving(lm: tarflowlm.Pretrained, name: str, *, seconds: int = 60, buffer: int = 0, **limits):
     """Clients have `seconds`; a `buffer` limits the bytes that the system takes for them."""
     from tarflowlm_apps.address import names_of
     from tarflowlm_apps.serve.connection import settings
@@ -85,7 +85,8 @@ def serving(lm: tarflowlm.Pretrained, name: str, *, seconds: int = 60, buffer: i
     at = socket.create_server(("127.0.0.1", 0))
     if buffer:
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-    app = application(lm, name, 2, names_of("127.0.0.1"))
+    limits = {"texts": 1024, "at_once": 8} | limits
+    app = application(lm, name, 2, names_of("127.0.0.1"), **limits)
     server = uvicorn.Server(settings(app, seconds))
     logging.getLogger("uvicorn.error").setLevel("CRITICAL")
     thread = threading.Thread(target=server.run, args=([at],), daemon=True)

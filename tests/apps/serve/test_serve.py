@@ -1,6 +1,5 @@
 """The completions of the OpenAI interface: texts, streams, infills, scores and refusals."""
 
-import json
 import logging
 import math
 import resource
@@ -191,6 +190,9 @@ WRONG = {
     "unknown": ({"logit_bias": {}}, "logit_bias: unknown key"),
     "penalty": ({"presence_penalty": 1.0}, "presence_penalty 1.0"),
     "stops": ({"stop": ["x"] * 99}, "stop"),
+    "long stop": ({"stop": "x" * 1001}, "stop"),
+    "texts": ({"prompt": [[1]] * 513, "n": 2}, "1,026 texts in all"),
+    "items": ({"prompt": [[1] * 1000] * 132}, "132,132 items in all"),
     "suffix": ({"suffix": "b", "stop": "c"}, "suffix with stop"),
     "long suffix": ({"suffix": "b", "max_tokens": 10_000}, "give 1 to 9999 with a suffix"),
     "unread suffix": ({"suffix": "b", "max_tokens": 0}, "give 1 to 9999 with a suffix"),
@@ -263,11 +265,7 @@ def test_a_client_that_leaves_ends_its_work(twin, monkeypatch):
     monkeypatch.setattr(Answer, "parts", counted)
     for is_stream in (True, False):
         taken.clear()
-        body = {"model": twin.name, "prompt": "a", "max_tokens": 50_000, "stream": is_stream}
-        data = json.dumps(body).encode()
-        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-        with socket.create_connection(("127.0.0.1", twin.port)) as client:
-            client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + data)
+        with twin.open(prompt="a", max_tokens=50_000, stream=is_stream):
             while len(taken) < 3:
                 time.sleep(0.01)
         waited = time.perf_counter()

@@ -1,5 +1,6 @@
 """What clients do that know no manners: the others are answered all the same."""
 
+import json
 import re
 import resource
 import signal
@@ -43,6 +44,38 @@ def has_ended(client: socket.socket) -> bool:
     return True
 
 
+@pytest.mark.slow
+def test_clients_that_read_nothing_stop_nobody(lm):
+    """Eight of them, as many as there are places; then they are left."""
+    with serving(lm, NAME, seconds=3, buffer=4096) as served:
+        asks = {"prompt": "the king", "max_tokens": 80, "n": 10, "stream": True}
+        clients = [served.open(receives=4096, **asks) for _ in range(8)]
+        time.sleep(1)
+        assert served.texts(prompt="the king", max_tokens=4, seed=1)
+        assert len(served.server.server_state.connections) >= len(clients)
+        assert waits(lambda: not served.server.server_state.connections)
+
+
+def test_a_slow_reader_gets_its_whole_text(lm):
+    """It loses its place, and takes one again."""
+    ask = {"prompt": "the king", "max_tokens": 60, "n": 20, "seed": 1}
+    with serving(lm, NAME, buffer=4096, at_once=1) as served:
+        client = served.open(receives=4096, stream=True, **ask)
+        time.sleep(1.5)
+        texts = served.texts(**ask)
+        found = b""
+        while b"[DONE]" not in found:
+            found += client.recv(65536)
+        client.close()
+    # without the marks of parts of the transfer
+    lines = re.findall(r"data: (\{.*?\})\n\n", re.sub(r"\r\n[0-9a-f]+\r\n", "", found.decode()))
+    streamed = [""] * 20
+    for line in lines:
+        for choice in json.loads(line)["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == texts
+
+
 def test_a_client_that_keeps_the_server_waiting_is_left(lm):
     with serving(lm, NAME, seconds=1) as served:
         clients = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(3)]
@@ -67,6 +100,25 @@ def test_a_long_answer_is_no_reason_to_leave(lm, monkeypatch):
     monkeypatch.setattr(answers.Answer, "parts", parts)
     with serving(lm, NAME, seconds=1) as served:
         assert served.texts(prompt="a") == ["slow"]
+
+
+def test_whoever_leaves_is_read_for_no_more(lm, monkeypatch):
+    """Neither in the middle of reading, nor in the line before it."""
+    read, taken = answers.read, []
+
+    def slow(*args, **how):
+        taken.append(args[1])
+        time.sleep(0.02)
+        return read(*args, **how)
+
+    monkeypatch.setattr(answers, "read", slow)
+    with serving(lm, NAME, at_once=1) as served:
+        with served.open(prompt=["the king"] * 1000), served.open(prompt=["a dog"] * 1000):
+            assert waits(lambda: len(taken) > 2)
+            time.sleep(0.2)
+        assert served.texts(prompt="the land", max_tokens=2)
+    assert taken.count("the king") + taken.count("a dog") < 200
+    assert min(taken.count("the king"), taken.count("a dog")) == 0
 
 
 @pytest.fixture
