@@ -1,6 +1,7 @@
 """The routes: one request after the other is worked on, and whoever leaves costs nothing more."""
 
 import asyncio
+import hmac
 import json
 import logging
 import time
@@ -33,10 +34,11 @@ def application(
     draws: int,
     hosts: list[str],
     *,
+    key: str | None,
     texts: int,
     at_once: int,
 ) -> Starlette:
-    """The routes for a model called `name`, under these `hosts`.
+    """The routes for a model called `name`, under these `hosts`, for those who know the `key`.
 
     `draws` and `texts` as in `Answer`; the model works on `at_once` requests, the others wait.
     """
@@ -131,9 +133,12 @@ def application(
         Route("/v1/models/{model:path}", models),
     ]
     kinds: tuple[type[Exception], ...] = (UserError, HTTPException, ClientDisconnect, Exception)
+    middleware = [Middleware(Ending), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    if key is not None:
+        middleware.append(Middleware(Locked, key=key))
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Ending), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=middleware,
         exception_handlers=dict.fromkeys(kinds, failed),
     )
 
@@ -165,6 +170,25 @@ class Ending:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(asyncio.CancelledError):
             await self.app(scope, receive, send)
+
+
+class Locked:
+    """An application for those who name the key, as Authorization: Bearer KEY."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self.key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # the time that this takes does not tell how much of a key is right
+        is_key = hmac.compare_digest(given.strip().encode(), self.key)
+        if scheme.lower() == "bearer" and is_key:
+            await self.app(scope, receive, send)
+            return
+        said = "no request without the key: send Authorization: Bearer KEY"
+        error = HTTPException(401, said, {"WWW-Authenticate": "Bearer"})
+        await failed(request, error, "invalid_api_key")(scope, receive, send)
 
 
 async def read_body(request: Request) -> Completion:
@@ -205,4 +229,4 @@ def failed(_request: Request, error: Exception, code: str | None = None) -> JSON
     kind = "invalid_request_error" if status < 500 else "server_error"
     message = said[:500].encode("utf-8", "backslashreplace").decode()
     found = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": found}, status)
+    return JSONResponse({"error": found}, status, getattr(error, "headers", None))

@@ -35,10 +35,12 @@ class Served:
         body: object,
         path: str = "completions",
         kind: str = "application/json",
+        **headers: str,
     ):
         """The status of a request, and the answer."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": kind})
+        headers |= {"Content-Type": kind}
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=120) as found:
                 return found.status, json.loads(found.read())
@@ -85,7 +87,7 @@ def serving(lm: tarflowlm.Pretrained, name: str, *, seconds: int = 60, buffer: i
     at = socket.create_server(("127.0.0.1", 0))
     if buffer:
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-    limits = {"texts": 1024, "at_once": 8} | limits
+    limits = {"key": None, "texts": 1024, "at_once": 8} | limits
     app = application(lm, name, 2, names_of("127.0.0.1"), **limits)
     server = uvicorn.Server(settings(app, seconds))
     logging.getLogger("uvicorn.error").setLevel("CRITICAL")

@@ -121,6 +121,25 @@ def test_whoever_leaves_is_read_for_no_more(lm, monkeypatch):
     assert min(taken.count("the king"), taken.count("a dog")) == 0
 
 
+def test_who_has_a_key_asks_for_it(lm):
+    with serving(lm, NAME, key="secret") as served:
+        body = {"model": served.name, "prompt": "a", "max_tokens": 1}
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            for path in ("completions", "models"):
+                status, found = served.post(body, path, **given)
+                assert (status, found["error"]["code"]) == (401, "invalid_api_key")
+        assert served.post(body, Authorization="Bearer secret")[0] == 200
+        assert served.post(body, Authorization="bearer secret")[0] == 200
+        assert served.post(body, Authorization="Bearer sécret")[0] == 401
+
+
+def test_a_host_for_others_wants_a_key(refused, monkeypatch):
+    monkeypatch.delenv("TARFLOWLM_API_KEY", raising=False)
+    refused("serve", "--host", "0.0.0.0", names=["--host '0.0.0.0'", "--api-key", "--no-key"])
+    refused("serve", "--api-key", "a b", names=["--api-key", "without spaces"])
+    refused("serve", "--api-key", "a", "--no-key", names=["--no-key with --api-key"])
+
+
 @pytest.fixture
 def command(tmp_path):
     """Starts the command; gives its process, its port and what it has written to stderr."""
