@@ -12,6 +12,7 @@ from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import KINDS, WORDS, change, exchange, rewrite
 from tarflowlm_apps.studio.pieces import Pages, card, guarded, muted, page
+from tarflowlm_apps.studio.refusals import Blocks
 from tarflowlm_apps.studio.runs import runs
 from tarflowlm_apps.studio.score import MODELS, compare
 from tarflowlm_apps.studio.write import infill, offer, write
@@ -52,7 +53,7 @@ TALE = (
 
 def build(catalogue: Catalogue) -> Component:
     """The page about the models and runs of `catalogue`."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
+    with Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(HEADING, apply_default_css=False)
         _write(catalogue, blocks.load)
         _infill(catalogue)

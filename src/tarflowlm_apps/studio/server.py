@@ -26,7 +26,9 @@ def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[st
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from tarflowlm_apps.studio.page import WAITING, build
+    from tarflowlm_apps.studio.refusals import WithoutUploads, in_a_line
 
+    logging.getLogger("uvicorn.error").addFilter(in_a_line)
     # gradio itself answers no other origin on localhost
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))
     blocks = build(catalogue)
@@ -40,12 +42,15 @@ def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[st
         quiet=True,
         footer_links=[],
         blocked_paths=["/"],
-        max_file_size=1,
         # each visitor who waits takes one
         max_threads=2 * WAITING,
         head=HEAD,
         theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
-        app_kwargs={"middleware": [trusted], "docs_url": None, "openapi_url": None},
+        app_kwargs={
+            "middleware": [trusted, Middleware(WithoutUploads)],
+            "docs_url": None,
+            "openapi_url": None,
+        },
     )
     try:
         yield url
