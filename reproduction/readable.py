@@ -257,7 +257,8 @@ def jacobi_runs(teacher: Teacher, args: "Args") -> Tensor:
 def tree_of(teacher: Teacher, blind: Drafter, args: "Args", seed: int) -> Tree:
     """Codes for a reader who has what a drafter without noise knows."""
     generator = torch.Generator().manual_seed(seed + 7)
-    p, q = [], []
+    p: list[Tensor] = []
+    q: list[Tensor] = []
     while sum(map(len, p)) < args.contexts:
         batch = teacher.batch("train", args.rows, generator)
         logits = blind(batch, noise_of(blind.noise, batch, generator))

@@ -105,7 +105,7 @@ def test_files_of_a_folder_do_not_import_in_circles(package):
 
 OPTIONAL = {
     "studio": {"gradio"},
-    "serve": {"starlette"},
+    "serve": {"starlette", "uvicorn"},
     "compiled": {"numba"},
     "hub": {"huggingface_hub"},
     "llm_plugin": {"llm", "pydantic"},

@@ -84,7 +84,7 @@ PARSED = {
     "score": Score(text="a b", samples=2),
     "scores": Score(text=("a b", "-c")),
     "words": Writing(prompt="a", contains=("b", "c d"), without=("e", "-f"), sentences=2),
-    "regex": Writing(matches="[a-z]+", num_tokens=8),
+    "regex": Writing(matches="[a-z]+", length=8),
     "evaluation": Evaluation(data="a b\nc", split="all"),
 }
 

@@ -25,8 +25,8 @@ OPTIONS = {
         "normalize num out particles passes prompt prompts seed sentences stop stream temperature "
         "template top-k top-p without words"
     ),
-    "info": "compare directories json",
-    "runs": "compare directories json",
+    "info": "compare directories disk json",
+    "runs": "compare directories disk json",
     "edit": (
         "around candidates decoder device directory everywhere json level "
         "normalize num pick replace rewrite seed strength temperature text "
@@ -36,7 +36,7 @@ OPTIONS = {
     "studio": "device host models no-browser port",
     "export": "causal-lm directory half json out",
     "push": "directory dry-run half json licence out private repository",
-    "serve": "device directory host json port samples",
+    "serve": "api-key at-once device directory host json most-texts no-key port samples seconds",
 }
 """Names of the fields of `Args`: words without dashes, options, and configurations."""
 TUNING = "data device from json lr minutes out seed steps unwrap"

@@ -51,7 +51,8 @@ def test_a_later_stage_without_time_for_its_steps_is_left_out():
 def test_a_run_by_minutes_is_evaluated_about_ten_times(monkeypatch, seconds, least, most):
     train = TrainConfig(minutes=10.0, evaluate_every=10**6, checkpoint_every=10**6)
     run = SimpleNamespace(
-        config=SimpleNamespace(train=train),
+        config=SimpleNamespace(train=train, num_stages=2),
+        has_full_rate=False,
         counters=Counters(evaluation=seconds),
         device=SimpleNamespace(type="cpu"),
         stop_requested=lambda: None,

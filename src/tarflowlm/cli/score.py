@@ -1,6 +1,5 @@
 """`tarflowlm score`: the bits of every token of a text, under one model or two."""
 
-import codecs
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -79,7 +78,7 @@ def run(args: Args) -> None:
         for notice in dict.fromkeys(one.notice for one in found[-len(texts) :] if one.notice):
             print_notice(f"{name}: {notice}")
     if len(texts) > 1:
-        names, models = names * len(texts), models * len(texts)
+        names = names * len(texts)
     elif found[0].text != found[-1].text:
         print_notice(f"{' and '.join(names)} read different texts: their bits do not compare")
     if args.json:
@@ -92,7 +91,7 @@ def run(args: Args) -> None:
     if max(len(one.bits) for one in found) > MOST_TOKENS:
         print_notice(f"of more than {MOST_TOKENS:,} tokens --json lists the bits")
     else:
-        _print_tokens(names, [_pieces(*one) for one in zip(found, models, strict=True)])
+        _print_tokens(names, [*map(_pieces, found)])
     _print_table(names, found, request.samples)
 
 
@@ -144,19 +143,15 @@ def _short(text: str) -> str:
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
 
 
-def _pieces(scored: "Scores", lm: "Checkpoint") -> list[tuple[str, float]]:
+def _pieces(scored: "Scores") -> list[tuple[str, float]]:
     """The tokens with their bits; those that are parts of one character together."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pieces: list[tuple[str, float]] = []
-    shown, total = "", 0.0
-    tokens = lm.tokenizer.encode(scored.text).tolist()
-    for token, symbol, bits in zip(tokens, scored.symbols, scored.bits.tolist(), strict=True):
-        is_part = bool(decoder.getstate()[0])
-        text = decoder.decode(lm.tokenizer.token_bytes[token])
-        shown, total = shown + text, total + bits
-        if not decoder.getstate()[0]:
-            pieces.append((shown if is_part else symbol, total))
-            shown, total = "", 0.0
+    total = 0.0
+    for symbol, bits in zip(scored.symbols, scored.bits.tolist(), strict=True):
+        total += bits
+        if symbol:
+            pieces.append((symbol, total))
+            total = 0.0
     return pieces
 
 

@@ -119,14 +119,14 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         with gr.Accordion("More: words, length, temperature", open=False):
             contains = gr.Textbox(
                 label="Words that must appear",
-                placeholder="wolf",
-                info="After the start, one after the other as they stand here.",
+                placeholder="wolf, bright moon",
+                info="After the start, in any order, with commas between them.",
                 max_lines=1,
             )
             without = gr.Textbox(
-                label="Letters that must not appear",
-                placeholder="e",
-                info="The start may have them.",
+                label="Words or letters that must not appear",
+                placeholder="king, q",
+                info="With commas between them. The start may have them.",
                 max_lines=1,
             )
             # a list of at most one can be emptied

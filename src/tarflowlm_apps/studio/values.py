@@ -39,6 +39,11 @@ def text(value: object) -> str:
     return value or ""
 
 
+def several(value: str) -> list[str]:
+    """The texts between commas."""
+    return [one for part in value.split(",") if (one := part.strip())]
+
+
 Value = str | int | float | list[str]
 LINKED = (
     *("model", "beside", "text", "length", "temperature", "top_p", "num", "seed"),

@@ -63,8 +63,8 @@ def write(catalogue: Catalogue, *given: object) -> pieces.Pages:
         top_p=None if cut == 1.0 or is_template else cut,
         num=values.whole(asked["num"], "samples", 1, values.SAMPLES),
         seed=values.seed(asked["seed"]),
-        contains=contains or None,
-        without=without,
+        contains=values.several(contains),
+        without=values.several(without),
     )
     link = values.to_address(asked)
     columns: list[str] = []
