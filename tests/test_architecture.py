@@ -104,7 +104,7 @@ def test_files_of_a_folder_do_not_import_in_circles(package):
 
 
 OPTIONAL = {
-    "studio": {"gradio"},
+    "studio": {"gradio", "starlette"},
     "serve": {"starlette", "uvicorn"},
     "compiled": {"numba"},
     "hub": {"huggingface_hub"},

@@ -19,7 +19,6 @@ from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
     from tarflowlm.evaluation.scores import Scores
-    from tarflowlm.runs.checkpoint import Checkpoint
 
 COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 """Least bits -> the colour of a token."""
