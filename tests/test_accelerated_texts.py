@@ -73,7 +73,7 @@ EDITS: dict[str, Use] = {
     "noise": lambda lm: lm.edit(TEXT, level=2, strength=0.3, words=1, pick="unlikely"),
 }
 VIEWS = {
-    write: ["flow", "baseline", "the ", 7, 0.8, 0.9, 2, 0],
+    write: ["flow", "baseline", "the ", 7, 0.8, 0.9, 2, 0, "", ""],
     infill: ["flow", "the ___ saw", 2, 2, 1.0, 0],
     rewrite: ["flow", TEXT, "cat", 1, 0],
     change: ["flow", TEXT, "latents", 0.5, 1, 0],
