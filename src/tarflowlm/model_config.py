@@ -278,6 +278,7 @@ def coupling(
     The class gets its configuration as `options`: a subclass of `options`, a frozen dataclass.
     UserError for a name that is taken.
     """
+    COUPLINGS.check_name(name)
 
     def register(kind: type[Plugged]) -> type[Plugged]:
         COUPLINGS.check(name, kind)

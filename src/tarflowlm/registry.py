@@ -47,16 +47,20 @@ class Registry(UserDict[str, Any]):
             raise UserError(f"{self.word} {name!r} exists already: choose another name")
         self[name] = kind
 
-    def check(self, name: object, kind: object) -> None:
-        """UserError unless this can be a name, and `kind` what it names."""
+    def check_name(self, name: object) -> None:
+        """UserError unless this can be a name."""
         if not name or not isinstance(name, str):
             raise UserError(f"{self.word} {name!r:.40}: give it a name, a str")
+
+    def check(self, name: str, kind: object) -> None:
+        """UserError unless `kind` can be what the name stands for."""
         if not (hasattr(kind, self.needs) if self.needs else callable(kind)):
             lacks = f"has no `{self.needs}`" if self.needs else "cannot be called"
             raise UserError(f"{self.word} {name!r}: {kind!r:.40} {lacks} (docs/flow.md)")
 
     def own(self, name: str) -> Callable[[Plugged], Plugged]:
         """A decorator that gives a class or function of a user's own this name."""
+        self.check_name(name)
 
         def register(kind: Plugged) -> Plugged:
             self.check(name, kind)

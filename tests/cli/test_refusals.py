@@ -128,7 +128,7 @@ LINES = [
     ([*SAMPLE, "--matches", "("], ["matches '('" if HAS_REGEX else "llguidance"]),
     (["score", "flow", "--text", "a", "--text", "b", "--baseline", "ar"], ["2 texts", "baseline"]),
     (["sample", "Once upon a time"], ["--prompt"]),
-    (["train", "--resume", "flow", "--minutes", "5"], ["--minutes", "--from"]),
+    (["train", "--resume", "flow", "--seed", "5"], ["--seed", "--from"]),
     ([*SAMPLE, "--contains", "king of the land", "--length", "9"], ["king of", "length of 9"]),
     ([*SAMPLE, "--contains", "a", "--length", "17"], ["17", "16"]),
     ([*SAMPLE, "--seed", str(2**80)], [f"seed {2**80}"]),

@@ -172,9 +172,7 @@ def test_words_that_must_not_come_are_whole_and_weigh_the_text(prompt):
     """A word of the prompt may stay; what is drawn makes none, at the end neither."""
     model = tiny_ar(context=6, **AR)
     lm = Pretrained(model, CharTokenizer(" ab", "none"))
-    request = Writing(
-        prompt=prompt, without="Ab", num_tokens=6, num=300, particles=32, temperature=1.0
-    )
+    request = Writing(prompt=prompt, without="Ab", length=6, num=300, particles=32, temperature=1.0)
     batches = list(Samples(request, lm).batches())
     drawn = [text for one in batches for text in one.texts]
     joint = probabilities(model).double()

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.text import Text
 
 from tarflowlm.cli.compare import compare
-from tarflowlm.cli.disk import show_disk
 from tarflowlm.cli.options import Json
 from tarflowlm.errors import UserError, counted
 from tarflowlm.options import Flag, arg
@@ -57,6 +56,8 @@ class Args(Json):
 def run(args: Args) -> None:
     paths = args.directories
     if args.disk:
+        from tarflowlm.cli.disk import show_disk
+
         show_disk(paths, as_json=args.json)
         return
     folders = filter(Path.is_dir, map(folder_of, paths))

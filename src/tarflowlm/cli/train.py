@@ -114,9 +114,9 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         if args.data is None:
             raise UserError("--data is missing: name the text to train on, say --data novel.txt")
     elif "--resume" in given:
-        more = sorted(given & {flag(name) for name in ("minutes", "steps", "data", "out", "seed")})
+        more = sorted(given & {flag(name) for name in ("data", "out", "seed")})
         if more:
-            rule = "a run goes on to its own end; --from trains a finished one further"
+            rule = "a run keeps its own; --from trains its model on another text"
             raise UserError(f"{more[0]} with --resume: {rule}, with --data and --out")
         return parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
     else:

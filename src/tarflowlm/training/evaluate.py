@@ -167,7 +167,9 @@ def text_so_far(run: Run) -> str:
     config, model, corpus = run.config, run.model, run.corpus
     if not run.processes.first or run.is_sharded:
         return ""
-    wanted = math.ceil(SHOWN * corpus.num_tokens("train") / corpus.num_characters("train"))
+    # a tokenizer that loses characters counts none
+    characters = corpus.num_characters("train") or corpus.num_tokens("train")
+    wanted = math.ceil(SHOWN * corpus.num_tokens("train") / characters)
     patch = config.model.patch
     request = Writing(num=1, length=min(wanted, config.model.context) // patch * patch, seed=0)
     lm = Checkpoint(model, corpus.tokenizer, config, {}, run.out)
