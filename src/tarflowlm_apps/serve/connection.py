@@ -35,7 +35,8 @@ def settings(app: ASGIApp, seconds: int) -> uvicorn.Config:
         http=Connection,
         ws="none",
         backlog=room() // 2,
-        limit_concurrency=room(),
+        # those that were left to make room still count for some turns of the loop
+        limit_concurrency=3 * room(),
         timeout_keep_alive=seconds,
         log_level="warning",
         lifespan="off",
@@ -47,8 +48,8 @@ class Connection(H11Protocol):
     """A connection that is awaited for at most `timeout_keep_alive` seconds at a time.
 
     It is awaited as long as nothing can be done for its client: until there is a whole request, and
-    while the client takes nothing of its answer. Once there are `limit_concurrency` connections,
-    the one that has been awaited longest makes room for a new one.
+    while the client takes nothing of its answer. Once there are as many connections as there is
+    `room` for, the one that has been awaited longest makes room for a new one.
     """
 
     late: asyncio.TimerHandle
@@ -70,7 +71,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.wait()
-        if len(self.connections) >= (self.limit_concurrency or CONNECTIONS):
+        if len(self.connections) >= room():
             known = cast(set[Connection], self.connections)
             others = [one for one in known if one.is_awaited and one is not self]
             if others:
