@@ -113,6 +113,20 @@ class Judge:
         log_p = self.model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
         return -log_p.sum().item() / math.log(2)
 
+    @torch.no_grad()
+    def answer(self, question: str, longest: int, seed: int) -> str:
+        """What the stranger writes when it is asked in words."""
+        asked = [{"role": "user", "content": question}]
+        ids = self.tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            found = self.model.generate(**ids, max_new_tokens=longest, **sampling)
+        given = ids["input_ids"].shape[1]
+        return self.tokenizer.decode(found[0, given:], skip_special_tokens=True).strip()
+
     def bits_and_coherence(self, text: str, draw: random.Random) -> tuple[float, float] | None:
         """Bits per character, and what shuffling adds; None for fewer than two sentences."""
         parts = [part.strip() for part in SENTENCE.findall(text[:LENGTH])]
