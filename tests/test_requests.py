@@ -47,7 +47,7 @@ def test_a_stop_and_words_that_are_read_differently_are_named(flow):
 
 
 @pytest.mark.parametrize("kind", ["prompt", "template"])
-def test_reading_twice_as_many_texts_takes_about_twice_as_long(flow, kind):
+def test_the_time_of_reading_texts_is_not_their_number_squared(flow, kind):
     def seconds(count: int) -> float:
         text = "the king" if kind == "prompt" else "the _"
         request = Writing(**{kind: [text] * count})
@@ -56,7 +56,8 @@ def test_reading_twice_as_many_texts_takes_about_twice_as_long(flow, kind):
         return time.process_time() - begun
 
     seconds(10)
-    assert min(seconds(2000) for _ in range(3)) < 3 * min(seconds(1000) for _ in range(3))
+    # 8 times as many; squared it would be 64
+    assert min(seconds(2000) for _ in range(3)) < 24 * min(seconds(250) for _ in range(3))
 
 
 def test_the_command_of_a_text_that_looks_like_an_option():

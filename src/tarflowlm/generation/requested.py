@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -30,6 +30,30 @@ MOST_PARTICLES = 64
 """The default number of particles is doubled up to this, while a choice among them is rough."""
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What all texts of a request have in common."""
+
+    request: Writing
+    lm: Checkpoint
+    past_end: bool
+    draws: bool
+    """Whether tokens are drawn by their weights where nothing is constrained."""
+    allowed: Allowed | None
+    rules: tuple[Rule, ...]
+    words: tuple[Reading, ...]
+    """They are added to a text unless it has them."""
+    count: Count | None
+    free: Sampling
+    """How tokens are drawn where all may come; elsewhere as in `bound`."""
+    bound: Sampling
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether texts are weighted by tokens that may come, words aside."""
+        return self.allowed is not None or bool(self.rules or self.request.matches)
+
+
 def plans(
     request: Writing,
     lm: Checkpoint,
@@ -42,16 +66,13 @@ def plans(
     read, and for options without effect.
     """
     how = request.normalize
-    prompts = as_texts(request.prompt or (), "prompt")
-    allowed, rules = _constraints(request, lm)
-    is_constrained = bool(request.contains or request.matches or rules) or allowed is not None
-    draws = lm.model.is_exact or as_flow(lm.model).is_single_mixd
-    draws &= request.decoder != "sweeps"
+    shared = _shared(request, lm, past_end)
+    is_constrained = bool(shared.words) or shared.is_constrained
     # only where tokens are drawn by their weights can the next one be made to begin with a space
-    goes_on = lm.model.config.patch == 1 and (draws or is_constrained)
+    goes_on = lm.model.config.patch == 1 and (shared.draws or is_constrained)
     readings = given or [
         read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=goes_on)
-        for prompt in prompts
+        for prompt in as_texts(request.prompt or (), "prompt")
     ]
     if request.template is not None:
         readings = [
@@ -61,39 +82,42 @@ def plans(
     if request.particles is not None and not readings and not is_constrained:
         what = f"particles {request.particles}: nothing is given by which to weight them"
         raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
-    if is_constrained and request.count is not None:
-        rules = (*rules, Enough(lm.tokenizer, cast(Count, count_of(request, lm))))
-    after = tokens_after_word(lm.tokenizer) if request.contains else None
-    words = [
-        replace(read(lm.tokenizer, f" {one.strip()}", name="contains", normalize=how), begins=after)
+    return [_of_reading(shared, one) for one in (*readings,) or (None,)]
+
+
+def _shared(request: Writing, lm: Checkpoint, past_end: bool) -> _Shared:
+    """UserError for words and letters that cannot be kept to."""
+    tokenizer, how = lm.tokenizer, request.normalize
+    after = tokens_after_word(tokenizer) if request.contains else None
+    words = tuple(
+        replace(read(tokenizer, f" {one.strip()}", name="contains", normalize=how), begins=after)
         for one in as_texts(request.contains, "contains")
-    ]
-    request = replace(request, without=(), allowed=allowed)
-    samplings = _samplings(request, lm)
-    return [
-        _of_reading(request, lm, one, words, rules, past_end, draws, samplings)
-        for one in (*readings,) or (None,)
-    ]
-
-
-def _constraints(request: Writing, lm: Checkpoint) -> tuple[Allowed | None, tuple[Rule, ...]]:
-    """The tokens that may be drawn, and the rules."""
-    given = [one for one in as_texts(request.without, "without") if one]
-    letters = "".join(one for one in given if len(one) == 1)
-    words = [one for one in given if len(one) > 1]
+    )
+    unwanted = [one for one in as_texts(request.without, "without") if one]
     allowed = cast(Allowed | None, request.allowed)
+    if letters := "".join(one for one in unwanted if len(one) == 1):
+        allowed = tokens_without(tokenizer, letters)
     rules: list[Rule] = []
-    if letters:
-        allowed = tokens_without(lm.tokenizer, letters)
-    if words:
-        how = request.normalize
-        texts = [read(lm.tokenizer, one, name="without", normalize=how).text for one in words]
-        pattern = words_pattern([text.strip() for text in texts])
-        for one in as_texts(request.contains, "contains"):
-            if pattern.search(read(lm.tokenizer, one, name="contains", normalize=how).text):
-                raise UserError(f"contains {one!r}: has a word that is not to come; leave one out")
-        rules.append(Forbidden(lm.tokenizer, [text.strip() for text in texts]))
-    return allowed, tuple(rules)
+    if forbidden := [
+        read(tokenizer, one, name="without", normalize=how).text.strip()
+        for one in unwanted
+        if len(one) > 1
+    ]:
+        pattern = words_pattern(forbidden)
+        for one in words:
+            if pattern.search(one.text):
+                what = f"contains {one.given.strip()!r}: has a word that is not to come"
+                raise UserError(f"{what}; leave one out")
+        rules.append(Forbidden(tokenizer, forbidden))
+    count = count_of(request, lm)
+    if count is not None and (words or rules or request.matches or allowed is not None):
+        rules.append(Enough(tokenizer, count))
+    draws = lm.model.is_exact or as_flow(lm.model).is_single_mixd
+    draws &= request.decoder != "sweeps"
+    free, bound = _samplings(request, lm)
+    return _Shared(
+        request, lm, past_end, draws, allowed, tuple(rules), words, count, free=free, bound=bound
+    )
 
 
 def _samplings(request: Writing, lm: Checkpoint) -> tuple[Sampling, Sampling]:
@@ -106,29 +130,16 @@ def _samplings(request: Writing, lm: Checkpoint) -> tuple[Sampling, Sampling]:
     return bound if given.top_p is not None else replace(bound, top_p=lm.run.top_p), bound
 
 
-def _of_reading(
-    request: Writing,
-    lm: Checkpoint,
-    reading: Reading | None,
-    words: Sequence[Reading],
-    rules: Sequence[Rule],
-    past_end: bool,
-    draws: bool,
-    samplings: tuple[Sampling, Sampling],
-) -> Plan:
-    """The plan of a prompt, a template or a free text; `words` are added unless it has them.
-
-    `draws`: whether tokens are drawn by their weights where nothing is constrained.
-    """
-    tokenizer = lm.tokenizer
+def _of_reading(shared: _Shared, reading: Reading | None) -> Plan:
+    """The plan of a prompt, a template or a free text."""
+    request, tokenizer, model = shared.request, shared.lm.tokenizer, shared.lm.model
     is_template = request.template is not None
-    allowed = cast(Allowed | None, request.allowed)
     # an end of document before a free sample, so that it begins a new document; it is hidden
     is_new = reading is None and tokenizer.end is not None
     lead = torch.tensor([tokenizer.end] if is_new else []).long()
     given = 0 if reading is None else len(reading.tokens)
-    is_one_window = past_end or allowed is not None or bool(words or rules or request.matches)
-    shown = _length(request, given, lm.model.config.context, len(lead), is_one_window)
+    is_one_window = shared.past_end or shared.is_constrained or bool(shared.words)
+    shown = _length(request, given, model.config.context, len(lead), is_one_window)
     template: list[Tensor | Gap] = [lead]
     if reading is not None:
         template += reading.parts or [reading.tokens]
@@ -137,15 +148,17 @@ def _of_reading(
             raise UserError(f"{no_room(given, shown)}{notice}")
     text = "" if reading is None else reading.text
     begins = None if reading is None else reading.begins
+    rules = shared.rules
     if request.matches is not None:
         rules = (*rules, Matching(tokenizer, request.matches, after_space=begins is not None))
-    if (count := count_of(request, lm)) is not None and count.end(text, is_whole=True) is not None:
+    count = shared.count
+    if count is not None and count.end(text, is_whole=True) is not None:
         raise UserError(f"{count.unit} {count.number}: the prompt has as many; ask for more")
     # a word of the prompt does not go on, and neither does one that is added
-    ends = next((one for one in words if re.search(rf"{_start(one)}\Z", text)), None)
+    ends = next((one for one in shared.words if re.search(rf"{_start(one)}\Z", text)), None)
     if begins is None and ends is not None:
         begins = ends.begins
-    added = _added(words, text)
+    added = _added(shared.words, text)
     if added:
         room = shown - given - sum(len(one.tokens) for one in added)
         if room < 0:
@@ -156,26 +169,26 @@ def _of_reading(
             template += [Gap(room, least=0, begins=begins, once=True), one.tokens]
             begins = one.begins
     # the probability of such tokens weighs particles, and is all that stacks can be told
-    if begins is not None and not added and (not draws or (request.particles or 1) > 1):
+    if begins is not None and not added and (not shared.draws or (request.particles or 1) > 1):
         template.append(Gap(shown - given, least=shown - given, begins=begins))
-    free, bound = samplings
-    is_free = allowed is None and not rules and not is_template
+    free, bound = shared.free, shared.bound
+    is_free = not is_template and not rules and shared.allowed is None
     is_free &= all(map(torch.is_tensor, template))
     # a constraint may need improbable tokens: the model's own top-p then counts those that may come
     is_own = free.top_p is not None and bound.top_p is None
     top_p = free.top_p if is_own and not is_free and not is_template else None
     found = plan(
-        lm.model,
+        model,
         template,
         free if is_free else bound,
         num_tokens=len(lead) + shown,
-        allowed=allowed,
+        allowed=shared.allowed,
         rules=rules,
         top_p=top_p,
         most_particles=MOST_PARTICLES,
         # tokens between given pieces belong to the same document, and so do counted words
-        banned=tokenizer.end if is_template or added or request.count else None,
-        end=tokenizer.end if request.may_end and not past_end else None,
+        banned=tokenizer.end if is_template or added or count is not None else None,
+        end=tokenizer.end if request.may_end and not shared.past_end else None,
         lead=len(lead),
         continues=not is_template or request.length is not None,
     )
