@@ -22,6 +22,7 @@ everyone = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def made(make):
+    torch.manual_seed(0)
     model = randomise(make())
     z = normal(5, model.dim)
     return model, z, None if model.reader is None else normal(5, 2, seed=1)

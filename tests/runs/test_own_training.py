@@ -79,22 +79,6 @@ SMALL = {
 
 
 @pytest.fixture
-def forget():
-    """forget(): nothing of a user's own is registered, as in a new process."""
-    registries = (TOKENIZERS, OPTIMIZERS, SCHEDULES)
-    before = [dict(known) for known in registries]
-
-    def restore() -> None:
-        sys.modules.pop("my_training", None)
-        for known, kinds in zip(registries, before, strict=True):
-            known.clear()
-            known.update(kinds)
-
-    yield restore
-    restore()
-
-
-@pytest.fixture
 def own(tmp_path, monkeypatch, forget):
     """The module my_training."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -3,20 +3,17 @@ is missing.
 """
 
 import json
-import sys
 from importlib import import_module
 
 import pytest
 
 import tarflowlm
 from helpers import FLOW, TEXT8, save_run, tiny_flow
-from tarflowlm.config import OPTIMIZERS, SCHEDULES, TOKENIZERS
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
-from tarflowlm.model_config import COUPLINGS, FAMILIES, LAYERS, FlowConfig
+from tarflowlm.model_config import COUPLINGS, FlowConfig
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 
-REGISTRIES = (COUPLINGS, FAMILIES, LAYERS, TOKENIZERS, OPTIMIZERS, SCHEDULES)
 PARTS = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -51,21 +48,6 @@ class Frozen(TarFlowLM):
         self.codebook.requires_grad_(False)
 """
 NEW = {"coupling": "bent", "layer": "own", "family": "frozen"}
-
-
-@pytest.fixture
-def forget():
-    """forget(): no class of a user's own is registered, as in a new process."""
-    before = [dict(known) for known in REGISTRIES]
-
-    def restore() -> None:
-        sys.modules.pop("my_parts", None)
-        for known, kinds in zip(REGISTRIES, before, strict=True):
-            known.clear()
-            known.update(kinds)
-
-    yield restore
-    restore()
 
 
 @pytest.fixture

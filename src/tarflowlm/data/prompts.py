@@ -259,7 +259,7 @@ def _plain(tokenizer: Tokenizer, text: str) -> str:
     """
     if tokenizer.kind == "byte" or text.isascii():
         return text
-    known = set(tokenizer.token_bytes)
+    known = tokenizer.token_bytes
     for curly, plain in PLAIN.items():
         if curly in text and curly.encode() not in known and plain[:1].encode() in known:
             text = text.replace(curly, plain)

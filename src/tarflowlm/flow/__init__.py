@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tarflowlm.errors import guess
+from tarflowlm.errors import no_attribute
 
 if TYPE_CHECKING:
     from tarflowlm.flow.channelwise import AffineCoupling as AffineCoupling
@@ -49,8 +49,7 @@ PUBLIC = {
 
 def __getattr__(name: str) -> object:
     if name not in PUBLIC:
-        nearest = f"; {guess(name, PUBLIC)}".rstrip("; ")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest}")
+        raise no_attribute(f"module {__name__!r}", name, PUBLIC)
     value: object = getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)
     globals()[name] = value  # so that later uses skip this function
     return value

@@ -22,9 +22,9 @@ from tarflowlm.model_config import (
 )
 from tarflowlm.registry import Registry, own_module
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """The keys and indices from the document of a configuration to one of its names."""
-PLACES: dict[Path, Registry] = {
+PLACES: dict[KeyPath, Registry] = {
     ("model", "family"): FAMILIES,
     ("model", "trunk", "layer"): LAYERS,
     ("data", "tokenizer", "kind"): TOKENIZERS,
@@ -36,7 +36,7 @@ PLACES: dict[Path, Registry] = {
 class Named(NamedTuple):
     """A name in the JSON values of a configuration."""
 
-    path: Path
+    path: KeyPath
     values: dict[str, Any]
     """The values among which it is."""
     registry: Registry
@@ -62,7 +62,7 @@ def names_in(document: dict[str, Any]) -> Iterator[Named]:
     model = document.get("model")
     blocks = model.get("blocks") if isinstance(model, dict) else None
     count = len(blocks) if isinstance(blocks, list) else 0
-    of_blocks: dict[Path, Registry] = {
+    of_blocks: dict[KeyPath, Registry] = {
         ("model", "blocks", index, "coupling"): COUPLINGS for index in range(count)
     }
     for path, registry in (PLACES | of_blocks).items():
@@ -121,7 +121,7 @@ def stand_in(missing: Named) -> str:
     return name
 
 
-def with_name(config: Any, path: Path, name: str) -> Any:
+def with_name(config: Any, path: KeyPath, name: str) -> Any:
     """A configuration, or a tuple of them, with this name at the end of the path; not checked."""
     key, *rest = path
     if isinstance(key, int):
@@ -131,7 +131,7 @@ def with_name(config: Any, path: Path, name: str) -> Any:
     return config.unchecked(**{key: inner})
 
 
-def with_names(run: RunConfig, names: dict[Path, str]) -> RunConfig:
+def with_names(run: RunConfig, names: dict[KeyPath, str]) -> RunConfig:
     """The run with the names for which others stand in."""
     named: RunConfig = reduce(lambda found, one: with_name(found, *one), names.items(), run)
     return named
