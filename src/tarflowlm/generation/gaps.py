@@ -8,7 +8,7 @@ Shape legend: R particles, B = num R rows, T tokens, S tokens of a piece, G gaps
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -69,8 +69,7 @@ class GapFilter:
         """The samples, all at once. UserError if no particle of a sample fits."""
         first = self.pieces[0]
         values = self._values_of(first)
-        for own, rows in self._groups():
-            self.log_w[own] = weight(rows.add(first, values))
+        self.log_w[:] = weight(self._rows().add(first, values))
         self._append({0: values})
         candidates: list[Tensor] = []
         for index in range(len(self.gaps)):
@@ -165,13 +164,11 @@ class GapFilter:
         self.lengths = self.lengths[parents]
         self.ends = self.ends[parents]
 
-    def _groups(self) -> Iterator[tuple[Tensor, Pieces]]:
-        """Rows of equal length: their indices, and copies of them that grow."""
-        adjust, within = self.plan.adjust, self.plan.within
-        for end in self.ends.unique().tolist():
-            own = (self.ends == end).nonzero()[:, 0]
-            tokens = self.tokens[own, :, None]
-            yield own, Pieces(self.model, tokens, self.values[own], end, adjust, within)
+    def _rows(self) -> Pieces:
+        """Copies of all texts, which grow from where the shortest one ends."""
+        tokens, values = self.tokens[..., None].clone(), self.values.clone()
+        start = int(self.ends.min())
+        return Pieces(self.model, tokens, values, start, self.plan.adjust, self.plan.within)
 
     def _fill(self, index: int) -> list[Tensor]:
         """Fill a gap and write the piece after it: `_shares` of all candidates."""
@@ -186,33 +183,46 @@ class GapFilter:
         numbers = self.noise.normal(gap.most), self.noise.draws(gap.most, index=0)
         written = self.order[:, : self.written, None]
         is_left = (written != torch.tensor(choices)).all(1)
-        # words share their room
-        needed = (is_left * self.sizes[choices]).sum(1)
-        room = self.tokens.shape[1] - self.ends - needed if gap.once else self.ends + gap.most
-        scores = torch.full((len(self.tokens), len(choices), span), -torch.inf).double()
-        for own, rows in self._groups():
-            end = rows.at
-            most = min(gap.most, int(room[own].max()))
-            gained = self._draw(own, rows, replace(gap, most=most), numbers)
-            # the longest first: a piece overwrites only later tokens
-            for length in reversed(range(gap.least, most + 1)):
-                for place, (choice, piece) in enumerate(zip(choices, pieces, strict=True)):
-                    rows.at = end + length
-                    has_room = rows.at + len(piece) <= self.tokens.shape[1]
-                    if not has_room or not is_left[own, place].any():
-                        continue
-                    score = gained[:, length] + weight(rows.add(piece, values[choice][own]))
-                    if gap.once:
-                        fits = is_left[own, place] & (length <= room[own])
-                        score[~fits | self._occurs(rows, end, pieces, is_left[own])] = -torch.inf
-                    if self.rules is not None:
-                        texts, is_given = self._shown(own, rows)
-                        is_given[:, texts.shape[1] - len(piece) :] = True
-                        score[~self.rules.go_on(texts, is_given)] = -torch.inf
-                    scores[own, place, length - gap.least] = score
-        log_w = self.log_w[:, None] + scores.flatten(1)
+        rows = self._rows()
+        start = rows.at
+        if span > 1 and all(map(len, pieces)):
+            # a draw tells how probable the first token of a piece is in its place
+            rows.await_tokens(
+                [piece[0] for piece in pieces], [one[:, 0] for one in values.values()]
+            )
+        gained = self._draw(rows, gap, numbers)
+        drawn = start + torch.arange(gained.shape[1]) - self.ends[:, None]
+        can = (gap.least <= drawn) & (drawn <= gap.most)
+        if gap.once:
+            # words share their room
+            needed = (is_left * self.sizes[choices]).sum(1)
+            can &= drawn <= (self.tokens.shape[1] - self.ends - needed)[:, None]
+            can &= ~self._occurs(pieces, is_left)[:, start : start + can.shape[1]]
+        scores = gained.new_full((len(can), len(choices), can.shape[1]), -torch.inf)
+        # the last place first: a piece overwrites only later tokens
+        for n in reversed(range(can.shape[1])):
+            for place, (choice, piece) in enumerate(zip(choices, pieces, strict=True)):
+                rows.at = start + n
+                fits = can[:, n] & is_left[:, place]
+                if rows.at + len(piece) > self.tokens.shape[1] or not fits.any():
+                    continue
+                known = int(n < len(rows.chances))
+                score = gained[:, n] + weight(rows.add(piece, values[choice], known))
+                if known:
+                    score += weight(rows.chances[n][:, place])
+                if self.rules is not None:
+                    texts, is_given = self._shown(rows, fits)
+                    is_given[:, texts.shape[1] - len(piece) :] = True
+                    fits[fits.clone()] = self.rules.go_on(texts, is_given)
+                scores[fits, place, n] = score[fits]
+        # by the length of the gap
+        behind = self.ends[:, None] - start + lengths
+        is_short = behind < can.shape[1]
+        found = scores.gather(2, (behind * is_short)[:, None].expand(-1, len(choices), -1))
+        found = found.masked_fill(~is_short[:, None], -torch.inf)
+        log_w = self.log_w[:, None] + found.flatten(1)
         self.candidates = log_w.view(len(self.weights.log_w), -1)
-        of_each = self.lengths.repeat_interleave(scores[0].numel(), 0)
+        of_each = self.lengths.repeat_interleave(found[0].numel(), 0)
         of_each[:, index] = lengths.repeat(len(self.tokens) * len(choices))
         shares = self._shares(log_w, of_each)
         picked = []
@@ -222,103 +232,122 @@ class GapFilter:
             picked.append(chosen + b * len(of_sample))
             kept.append(new)
         order = torch.cat(picked)
-        parents = order // scores[0].numel()
+        parents = order // found[0].numel()
         self._take(parents)
         # first places exclude each other, so their probabilities add up
-        self.log_w[:] = torch.cat(kept) + (math.log(scores[0].numel()) if gap.once else 0.0)
+        self.log_w[:] = torch.cat(kept) + (math.log(found[0].numel()) if gap.once else 0.0)
         self.lengths[:, index] = of_each[order, index]
-        self.order[:, index + 1] = torch.tensor(choices)[order % scores[0].numel() // span]
+        self.order[:, index + 1] = torch.tensor(choices)[order % found[0].numel() // span]
         self.ends = self.ends + self.lengths[:, index]
         self._append({choice: one[parents] for choice, one in values.items()})
         return shares
 
-    def _occurs(self, rows: Pieces, end: int, words: Sequence[Tensor], is_left: Tensor) -> Tensor:
-        """Whether one of the words that are left ends behind `end`, but before the end, [n].
+    def _occurs(self, words: Sequence[Tensor], is_left: Tensor) -> Tensor:
+        """Whether one of the words that are left ends in a gap before place t, [B, T + 1].
 
         A longer word that goes on there is another word.
         """
-        found = torch.zeros(len(rows.tokens), dtype=torch.bool)
+        text = self.tokens.cpu()
+        places = text.shape[1]
+        ends = torch.zeros(len(text), places + 1, dtype=torch.long)
         for word, left in zip(words, is_left.T, strict=True):
-            text = rows.tokens[:, max(0, end - len(word) + 1) : rows.at, 0].cpu()
-            if text.shape[1] < len(word):
-                continue
-            at = (text.unfold(1, len(word), 1) == word).all(-1)[:, :-1]
-            if self.plan.begins is not None:
-                at &= self.plan.begins[text[:, len(word) :]]
-            found |= at.any(1) & left
-        return found
+            if len(word) < places:
+                at = (text.unfold(1, len(word), 1) == word).all(-1)[:, :-1] & left[:, None]
+                if self.plan.begins is not None:
+                    at &= self.plan.begins[text[:, len(word) :]]
+                ends[:, len(word) + 1 :] += at
+        ends[torch.arange(places + 1) <= self.ends[:, None] + 1] = 0
+        return ends.cumsum(1) > 0
 
-    def _shown(self, own: Tensor, rows: Pieces) -> tuple[Tensor, Tensor]:
-        """Texts [n, t] so far without hidden context, on the CPU, and which tokens are given."""
+    def _shown(self, rows: Pieces, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts [n, t] so far of the rows `own` [B], without hidden context, on the CPU, and which
+        of their tokens are given.
+        """
         shown = slice(self.plan.lead, rows.at)
-        return rows.tokens[:, shown, 0].cpu(), self._given()[own, shown]
+        return rows.tokens[:, shown, 0].cpu()[own], self._given()[:, shown][own]
 
     def _draw(
-        self,
-        own: Tensor,
-        rows: Pieces,
-        gap: Gap,
-        numbers: tuple[Tensor, Gumbel],
-        *,
-        may_end: bool = False,
+        self, rows: Pieces, gap: Gap, numbers: tuple[Tensor, Gumbel], *, may_end: bool = False
     ) -> Tensor:
-        """Fill a gap at its greatest length: log-weights [n, most + 1] after each number of draws.
+        """Fill a gap at its greatest length: log-weights [B, n + 1] at each place from `rows.at`.
 
-        `numbers` are noise [B, n, d] and Gumbel numbers. Where the length is fixed, rows may be
+        `numbers` are noise [B, most, d] and Gumbel numbers. Where the length is fixed, rows may be
         resampled after every draw. It `may_end` once all texts are over by a rule.
         """
-        here = own.to(rows.values.device)
-        noise, gumbel = numbers[0][here], numbers[1]
-        gained = [torch.zeros(len(own), dtype=torch.float64)]
+        noise, gumbel = numbers
+        every = torch.arange(len(self.tokens), device=noise.device)
+        ends = self.ends.to(noise.device)
+        is_fixed = gap.least == gap.most
         rules = self.rules if may_end else None
-        for n in range(gap.most):
-            if (
-                rules is not None
-                and n % EVERY == 0
-                and rules.are_over(*self._shown(own, rows)).all()
-            ):
-                break
-            mask = self._mask(own, rows, gap.begins if n == 0 else None)
-            gain = weight(rows.draw(gumbel.at(here, n)[:, 0], noise[:, n], mask))
-            if mask is None:
-                gain = torch.zeros_like(gain)  # up to rounding
-            elif gap.least == gap.most:
-                self.log_w[own] += gain
-                self._even_out(own, rows)
+        gained = [torch.zeros(len(every), dtype=torch.float64)]
+        most = min(self.tokens.shape[1], int(self.ends.max()) + gap.most)
+        for place in range(rows.at, most):
+            drawn = place - self.ends
+            # the texts that are longer wait for the others, and so do those whose gap is full
+            is_open = (drawn >= 0) & (drawn < gap.most)
+            if rules is not None and (place - most) % EVERY == 0:
+                texts = self._shown(rows, torch.ones_like(is_open))
+                if rules.are_over(*texts).all():
+                    break
+            begins = None if gap.begins is None or (drawn != 0).all() else (drawn == 0, gap.begins)
+            mask = self._mask(rows, is_open, begins)
+            n = (place - ends).clamp(0, gap.most - 1)
+            waits = None if is_open.all() else (place < ends) | (place >= ends + gap.most)
+            here = None if mask is None else mask.to(noise.device)
+            gain = weight(rows.draw(gumbel.at(every, n)[:, 0], noise[every, n], here, waits))
+            # up to rounding it is 0 where all tokens may come
+            is_weighed = torch.zeros_like(is_open) if mask is None else is_open & ~mask.all(-1)
+            gain = torch.where(is_weighed, gain, 0.0)
+            if is_fixed and is_weighed.any():
+                self.log_w.add_(gain)
+                if self._even_out(rows, is_open, is_weighed):
+                    ends = self.ends.to(noise.device)
                 gain = torch.zeros_like(gain)
             gained.append(gained[-1] + gain)
-            if len(own) == len(self.tokens):
+            if waits is None:
                 self.progress.advance()
-        self.tokens[here] = rows.tokens[..., 0]
-        self.values[here] = rows.values
+        self.tokens = rows.tokens[..., 0].clone()
+        self.values = rows.values.clone()
         return torch.stack(gained, 1)
 
-    def _mask(self, own: Tensor, rows: Pieces, begins: Tensor | None) -> Tensor | None:
-        """The tokens that may be drawn next, [V] or [n, V]."""
+    def _mask(
+        self, rows: Pieces, is_open: Tensor, begins: tuple[Tensor, Tensor] | None
+    ) -> Tensor | None:
+        """The tokens that may be drawn next, [V] or [B, V]; `begins` are of some rows [B]."""
         mask = self.allowed
         if mask is not None and self.plan.end is not None:
             # tokens after the end belong to another document, which is not shown
             drawn = rows.tokens[:, len(self.pieces[0]) : rows.at, 0]
             mask = mask | (drawn == self.plan.end).any(1, keepdim=True).cpu()
         if self.rules is not None:
-            found = self.rules.mask(*self._shown(own, rows))
-            mask = found if mask is None else mask & found
+            found = self.rules.mask(*self._shown(rows, is_open))
+            every = found.new_ones(len(is_open), found.shape[1])
+            every[is_open] = found
+            mask = every if mask is None else mask & every
         if begins is not None:
-            mask = begins if mask is None else mask & begins
-        return None if mask is None else mask.to(rows.tokens.device)
+            is_first, tokens = begins
+            found = tokens | ~is_first[:, None]
+            mask = found if mask is None else mask & found
+        return mask
 
-    def _even_out(self, own: Tensor, rows: Pieces) -> None:
-        """Resample those rows `own` of a sample whose weights are uneven."""
-        order = torch.arange(len(own))
-        sample = own // self.noise.particles
-        for b in sample.unique().tolist():
-            mine = (sample == b).nonzero()[:, 0]
-            chosen, kept = self.weights.chosen(b, self.log_w[own[mine]], len(mine))
+    def _even_out(self, rows: Pieces, is_open: Tensor, is_weighed: Tensor) -> bool:
+        """Resample the open rows of each sample with new weights where they are uneven.
+
+        Whether any row has changed.
+        """
+        order = torch.arange(len(is_open))
+        sample = order // self.noise.particles
+        for b in sample[is_weighed].unique().tolist():
+            mine = (is_open & (sample == b)).nonzero()[:, 0]
+            chosen, kept = self.weights.chosen(b, self.log_w[mine], len(mine))
             order[mine] = mine[chosen]
-            self.log_w[own[mine]] = kept
+            self.log_w[mine] = kept
+        if (order == torch.arange(len(order))).all():
+            return False
         rows.take(order.to(rows.values.device))
-        self.lengths[own] = self.lengths[own[order]]
-        self.order[own] = self.order[own[order]]
+        self.lengths, self.order = self.lengths[order], self.order[order]
+        self.ends = self.ends[order]
+        return True
 
     def _shares(self, log_w: Tensor, lengths: Tensor) -> list[Tensor]:
         """For each gap the total weight of its lengths, [num, most + 1]; candidates have [C, G]."""
@@ -333,12 +362,11 @@ class GapFilter:
         """Draw the tokens after the template."""
         num_tokens = self.tokens.shape[1]
         numbers = self.noise.normal(num_tokens), self.noise.draws(num_tokens, index=0)
-        for own, rows in self._groups():
-            if rows.adjust is not None and not any(isinstance(x, Enough) for x in self.plan.rules):
-                # only before given text, and for more of it, must a document go on
-                rows.adjust = copy(rows.adjust)
-                rows.adjust.banned = None
-            left = num_tokens - rows.at
-            rest = Gap(most=left, least=left, begins=self.plan.begins)
-            # the blocks above read the whole text
-            self._draw(own, rows, rest, numbers, may_end=self.model.num_blocks == 1)
+        rows = self._rows()
+        if rows.adjust is not None and not any(isinstance(x, Enough) for x in self.plan.rules):
+            # only before given text, and for more of it, must a document go on
+            rows.adjust = copy(rows.adjust)
+            rows.adjust.banned = None
+        rest = Gap(most=num_tokens, least=num_tokens, begins=self.plan.begins)
+        # the blocks above read the whole text
+        self._draw(rows, rest, numbers, may_end=self.model.num_blocks == 1)

@@ -3,6 +3,8 @@
 Shape legend: B rows, T tokens, S tokens of a piece, V symbols, C channels of a value.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,26 +28,55 @@ class Pieces(TokenDecoder):
         """The first `at` of `tokens` [B, T, 1] and of their `values` [B, T, C] are written."""
         super().__init__(model, 0, tokens, values)
         self.adjust, self.within = adjust, within
+        self.awaited: list[Tensor] | None = None
+        self.chances: list[Tensor] = []
         if at:
             self.settle(values[:, :at])
 
-    def add(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """Write a piece, tokens [S] with values [B, S, C]: its log-probability [B], in nats."""
-        if not len(tokens):
-            return torch.zeros(len(values))
-        here = slice(None), slice(self.at, self.at + len(tokens))
-        self.tokens[here] = tokens[:, None].to(self.tokens)
-        self.values[here] = values
-        return self.read(self.at + len(tokens))
+    def add(self, tokens: Tensor, values: Tensor, known: int = 0) -> Tensor:
+        """Write a piece, tokens [S] with values [B, S, C]: its log-probability [B], in nats.
 
-    def draw(self, gumbel: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        Without that of the first `known` tokens.
+        """
+        end = self.at + len(tokens)
+        self.tokens[:, self.at : end] = tokens[:, None].to(self.tokens)
+        self.values[:, self.at : end] = values
+        self.at += known
+        if self.at == end:
+            return torch.zeros(len(values))
+        return self.read(end)
+
+    def await_tokens(self, tokens: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """From now on every draw appends to `chances` the log-probabilities [B, M], in nats, of M
+        single tokens with values [B, C] in the place of the one that it draws.
+        """
+        self.awaited, self.chances = [*tokens], []
+        if isinstance(self.model, TarFlowLM):
+            # sum_k w_k N_k(z) / sum_j N_j(z), as `log_prob`
+            codebook = self.model.codebook
+            self.awaited = [codebook.log_posterior(value) for value in values]
+
+    def _chances(self, log_w: Tensor) -> Iterator[Tensor]:
+        """Of the awaited tokens, [B] each, given log-weights [B, V]."""
+        for one in self.awaited or ():
+            if isinstance(self.model, TarFlowLM):
+                yield (log_w + one).logsumexp(-1)
+            else:
+                yield log_w[:, one]
+
+    def draw(
+        self, gumbel: Tensor, noise: Tensor, mask: Tensor | None, waits: Tensor | None = None
+    ) -> Tensor:
         """Write one token by numbers [B, V] and noise [B, d], among those in `mask` [V] or [B, V].
 
+        Rows that wait, [B], keep the one that they have there.
         Returns the log-weight [B] of the draw, in nats: the log-probability of the mask, and for a
         flow the other factor of its draw (docs/math.md, eq. 23).
         """
         features, _ = self.next_features()
         log_w = next(self.law.log_weights(features, self.cache.linear))
+        if self.awaited is not None:
+            self.chances.append(torch.stack([*self._chances(log_w.log_softmax(-1))], -1))
         log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
         # tokens that the adjustment dropped
         log_w = _without_dropped(log_w)
@@ -61,8 +92,12 @@ class Pieces(TokenDecoder):
         gain: Tensor | float = 0.0
         if isinstance(self.model, TarFlowLM):
             token, gain = self._emit(value, log_w, allowed)
-        self.tokens[:, self.at, 0] = token
-        self.values[:, self.at] = value
+        here = slice(None), self.at
+        if waits is not None:
+            token = torch.where(waits, self.tokens[here][:, 0], token)
+            value = torch.where(waits[:, None], self.values[here], value)
+        self.tokens[here] = token[:, None]
+        self.values[here] = value
         self.at += 1
         return allowed.logsumexp(-1) + gain
 

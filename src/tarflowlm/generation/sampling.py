@@ -92,11 +92,11 @@ class Gumbel:
             return None
         return self._made(self.seeds[:, None], torch.arange(self.places, device=self.seeds.device))
 
-    def at(self, rows: Index, place: int) -> Tensor:
-        """The numbers [b, G, K] of these rows at a place."""
+    def at(self, rows: Index, place: int | Tensor) -> Tensor:
+        """The numbers [b, G, K] of these rows at a place, or each at its own [b]."""
         if self.table is not None:
             return self.table[rows, place]
-        return self._made(self.seeds[rows], torch.tensor(place, device=self.seeds.device))
+        return self._made(self.seeds[rows], torch.as_tensor(place, device=self.seeds.device))
 
     def draw(
         self,
