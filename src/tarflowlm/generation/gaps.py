@@ -197,7 +197,6 @@ class GapFilter:
             # words share their room
             needed = (is_left * self.sizes[choices]).sum(1)
             can &= drawn <= (self.tokens.shape[1] - self.ends - needed)[:, None]
-            can &= ~self._occurs(pieces, is_left)[:, start : start + can.shape[1]]
         scores = gained.new_full((len(can), len(choices), can.shape[1]), -torch.inf)
         # the last place first: a piece overwrites only later tokens
         for n in reversed(range(can.shape[1])):
@@ -210,6 +209,8 @@ class GapFilter:
                 score = gained[:, n] + weight(rows.add(piece, values[choice], known))
                 if known:
                     score += weight(rows.chances[n][:, place])
+                if gap.once:
+                    fits &= ~self._occurs(rows, pieces, is_left)
                 if self.rules is not None:
                     texts, is_given = self._shown(rows, fits)
                     is_given[:, texts.shape[1] - len(piece) :] = True
@@ -242,22 +243,23 @@ class GapFilter:
         self._append({choice: one[parents] for choice, one in values.items()})
         return shares
 
-    def _occurs(self, words: Sequence[Tensor], is_left: Tensor) -> Tensor:
-        """Whether one of the words that are left ends in a gap before place t, [B, T + 1].
+    def _occurs(self, rows: Pieces, words: Sequence[Tensor], is_left: Tensor) -> Tensor:
+        """Whether a word that is left ends in the gap or in the piece, but before its end, [B].
 
         A longer word that goes on there is another word.
         """
-        text = self.tokens.cpu()
-        places = text.shape[1]
-        ends = torch.zeros(len(text), places + 1, dtype=torch.long)
+        found = torch.zeros(len(is_left), dtype=torch.bool)
         for word, left in zip(words, is_left.T, strict=True):
-            if len(word) < places:
-                at = (text.unfold(1, len(word), 1) == word).all(-1)[:, :-1] & left[:, None]
-                if self.plan.begins is not None:
-                    at &= self.plan.begins[text[:, len(word) :]]
-                ends[:, len(word) + 1 :] += at
-        ends[torch.arange(places + 1) <= self.ends[:, None] + 1] = 0
-        return ends.cumsum(1) > 0
+            start = max(0, int(self.ends.min()) - len(word) + 1)
+            text = rows.tokens[:, start : rows.at, 0].cpu()
+            if text.shape[1] < len(word):
+                continue
+            at = (text.unfold(1, len(word), 1) == word).all(-1)[:, :-1] & left[:, None]
+            if self.plan.begins is not None:
+                at &= self.plan.begins[text[:, len(word) :]]
+            ends = start + len(word) + torch.arange(at.shape[1])
+            found |= (at & (ends > self.ends[:, None])).any(1)
+        return found
 
     def _shown(self, rows: Pieces, own: Tensor) -> tuple[Tensor, Tensor]:
         """Texts [n, t] so far of the rows `own` [B], without hidden context, on the CPU, and which
