@@ -34,8 +34,8 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import (
     COMPILED,
     head_sums,
+    log_normaliser,
     mixture,
-    mixture_log_prob,
     mixture_log_prob_from_features,
     rosenblatt,
 )
@@ -215,10 +215,8 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
         "frozen map": torch.no_grad()(
             lambda count: rosenblatt(z[:count], log_w[:count], *book, maps=COMPILED)
         ),
-        "normaliser": torch.no_grad()(lambda count: mixture_log_prob(z[:count], None, *book)),
-        "normaliser, trained": lambda count: (
-            mixture_log_prob(z[:count], None, *book).sum().backward()
-        ),
+        "normaliser": torch.no_grad()(lambda count: log_normaliser(z[:count], *book)),
+        "normaliser, trained": lambda count: log_normaliser(z[:count], *book).sum().backward(),
     }
     for name, call in maps.items():
         size = counted(partial(call, 2 * args.tokens))

@@ -24,7 +24,7 @@ from tarflowlm.generation.plan import plan
 from tarflowlm.generation.sampling import Gumbel, row_generators
 from tarflowlm.generation.write import Writer
 from tarflowlm.model import LanguageModel, seeded
-from tarflowlm.requests import Sampling
+from tarflowlm.requests import ADJUSTMENTS, Sampling
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("compiled_steps")
@@ -348,6 +348,12 @@ def test_threads_share_a_batch(transformer, monkeypatch):
         cache = CompiledCache(transformer, rows, T)
         found = [cache.extend(part) for part in x.repeat(2, 1, 1)[:rows].split([3, 8], 1)]
         assert torch.equal(torch.cat(found, 1)[:16], expected)
+
+
+def test_every_option_has_its_limit():
+    from tarflowlm.compiled.draw import Limits
+
+    assert ADJUSTMENTS - {"adjust"} <= set(Limits._fields)
 
 
 def test_a_process_compiles_unless_all_is_ready(monkeypatch, tmp_path):

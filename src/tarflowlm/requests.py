@@ -103,7 +103,9 @@ class Tempered(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Tempered):
-    """How tokens are drawn. An option of `sample` is a field here, and its effect is below."""
+    """How tokens are drawn. An option of `sample` is a field here, and its effect is below, in
+    `Adjustment` and for compiled draws in `compiled.draw.Limits`.
+    """
 
     top_k: Annotated[Count | None, arg("INT")] = None
     """Keep the k most probable tokens."""

@@ -111,7 +111,7 @@ class Codebook(nn.Module):
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats."""
-        return numerics.mixture_log_prob(z, None, self.mean, self.log_std)
+        return numerics.log_normaliser(z, self.mean, self.log_std)
 
     def log_likelihood(
         self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]
@@ -126,7 +126,7 @@ class Codebook(nn.Module):
         rows = z_wide.reshape(-1, z.shape[-1])
         own_mean, own_log_std = mean.index_select(0, flat), log_std.index_select(0, flat)
         own = numerics.log_own_density(rows, own_mean, own_log_std).view_as(tokens)
-        difference = own - numerics.mixture_log_prob(z_wide, None, mean, log_std)
+        difference = own - numerics.log_normaliser(z_wide, mean, log_std)
         # rounding must not make a probability larger than one
         return difference.clamp(max=0.0).to(z.dtype)
 

@@ -49,9 +49,10 @@ class Coupling(nn.Module):
     so the last block needs only `log_prob`. The code writes z for h, whatever the block.
 
     To implement one, write `forward` and `conditionals`, and `log_prob` where the density is
-    cheaper than the noise; `building.build_coupling` says what its `__init__` gets. A coupling that
-    acts channel by channel subclasses `channelwise.ChannelCoupling`, which asks for less
-    (docs/flow.md).
+    cheaper than the noise; `building.build_coupling` says what its `__init__` gets. Give the class
+    a name by `@tarflowlm.coupling("mine")`: `model.blocks.0.coupling` chooses it, and `--import`
+    tells a command where it is. A coupling that acts channel by channel subclasses
+    `channelwise.ChannelCoupling`, which asks for less (docs/flow.md).
     """
 
     group: int

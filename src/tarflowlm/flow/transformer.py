@@ -96,7 +96,8 @@ def layer(
 ) -> Float[Tensor, "R D"]:
     """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    R = B N rows are the positions of all sequences, and `turns` their `rotations` [R or 1, ...].
+    R = B N rows are the positions of all sequences, and `turns` their `rotations`, complex numbers
+    [R or 1, 1, 1, E/2].
     Queries and keys are layer-normalised and rotated in float32 or wider.
     """
     D, E = x.shape[-1], w.scale.shape[-1]
@@ -115,7 +116,9 @@ def layer(
 class Layer(nn.Module):
     """A layer of a Transformer, which a user may replace by one of his own (docs/flow.md).
 
-    To implement one, make the parameters in `__init__` from the `Shape`, and write `compute`.
+    To implement one, make the parameters in `__init__` from the `Shape`, write `compute`, and give
+    the class a name by `@tarflowlm.layer("mine")`. `model.trunk.layer` chooses it, and `--import`
+    tells a command where it is.
     Linear maps whose names end with "out" or "down" write to the residual stream: they start at
     zero.
     """
@@ -123,7 +126,7 @@ class Layer(nn.Module):
     keeps_activations = True
     """False: the backward pass recomputes all from the input."""
     dropout = 0.0
-    """Share of the outputs of attention and MLP that is dropped in training."""
+    """Share of the outputs of attention and MLP that `compute` drops in training."""
     key_heads: int
     """Heads of keys and values, which the KV cache has room for. Of H heads of queries, the first
     H / key_heads share the first of them, and so on.
@@ -135,11 +138,16 @@ class Layer(nn.Module):
 
     @abstractmethod
     def compute(self, x: Tensor, turns: Tensor, attend: Attend) -> Tensor:
-        """The rows x [R, D] of all positions after this layer; `turns` as in `layer`."""
+        """The rows x [R, D] of all positions after this layer.
+
+        `turns` are those of `layer`: queries [R, H, E] become `rotate(queries, turns[:, 0])`.
+        """
 
     def step(self, like: Tensor) -> Compute:
-        """`compute` for writing: with matrices in the format of `like`, and the weights that the
-        layer has when this is called, or those that it has later.
+        """`compute` for writing, with matrices in the format of `like`.
+
+        It may read the weights as they are now, or as they are at each call: nobody trains while
+        he writes.
         """
         if like.dtype == next(self.parameters()).dtype:
             return self.compute

@@ -196,7 +196,11 @@ class TokenDecoder(Decoder):
 
 
 class Drawing(TokenDecoder):
-    """Texts whose random numbers are there from the start: Gumbel numbers, and the noise eps."""
+    """Texts that are drawn step by step, from random numbers that belong to a row and a place.
+
+    The noise eps is a tensor. A Gumbel number is a hash of the seed of its row, the place and the
+    choice. `write.Writer` makes a Drawing and takes its steps.
+    """
 
     begins: Tensor | None = None
     """The tokens [V] that may be drawn after the leading given positions; None for all."""

@@ -87,8 +87,8 @@ def generate(
 
     `decoder`: "auto" and "steps" draw the tokens of the baseline, and block L of a flow unless
     sweeps invert it at less cost, by numbers that belong to rows and places; the blocks below are
-    inverted. "steps" goes token by token; "auto" gives the same tokens in fewer calls, where the
-    model has a drafter or sweeps cost less. "sweeps" inverts noise in all blocks, in parallel.
+    inverted. "steps" goes token by token; "auto" gives the same tokens in fewer calls, where
+    sweeps cost less. "sweeps" inverts noise in all blocks, in parallel.
     Given tokens, temperature, top-k and top-p make block 1 take steps, or draw.
 
     Row b has a random stream of its own, made from `generator` and b; a list of `num` generators

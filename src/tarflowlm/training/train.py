@@ -207,6 +207,8 @@ def accumulate_gradients(
     """Add up the gradients of the mean loss over the global batch; returns that mean, in nats per
     token. Collective.
 
+    `bound` maps tokens and their noise to negative bounds [B] in nats, as
+    `parallel.parallelise` wraps those of the model.
     `tokens` are this process's rows. `generator` draws the noise of the whole batch, and must be in
     the same state in all processes.
     """

@@ -30,6 +30,7 @@ from tarflowlm.flow.numerics.normal import (
 from tarflowlm.flow.numerics.vocabulary import (
     component_finder,
     head_sums,
+    log_normaliser,
     mixture_log_prob,
     mixture_log_prob_from_features,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "component_finder",
     "head_sums",
     "log_component_densities",
+    "log_normaliser",
     "log_own_density",
     "log_standard_normal",
     "mixture_cdf",

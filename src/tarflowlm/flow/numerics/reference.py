@@ -1,6 +1,7 @@
 r"""Every map of this package in log space: any range, no branch on data.
 
-Read this file for the mathematics (docs/math.md, sections 3 and 8). It runs on accelerators, where
+Read this file for the mathematics (docs/math.md, sections 3 and 8); `vocabulary` has the density of
+a token's mixture and the normaliser of the codebook. It runs on accelerators, where
 a branch would stop the device, and in the far tails on a CPU. The fast paths are tested against it.
 
 a_k = (z - m_k) / s_k is a standardised value; for the other letters see `tarflowlm.flow.numerics`.

@@ -42,25 +42,31 @@ from tarflowlm.flow.numerics.normal import (
 )
 
 
-def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor) -> Tensor:
+def mixture_log_prob(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     r"""log p_mix(z) = log sum_k w_k N(z; mu_k, s_k^2 I), w = softmax(log_w) (docs/math.md, eq. 9).
-
-    Without log_w all w_k are 1: the normaliser of the decoder (eq. 2).
 
     Shapes: z [..., d]; log_w [..., K]; mean [K, d]; log_std [K]; returns [...], nats. Float32 or
     float64; distances do not lose precision for small s. Errors: ValueError for shapes that do not
     fit; RuntimeError for second derivatives.
     """
 
-    def general(z: Tensor, log_w: Tensor | None = None) -> Tensor:
+    def general(z: Tensor, log_w: Tensor) -> Tensor:
         log_density = log_component_densities(z, mean, log_std)
-        if log_w is None:
-            return log_sum(log_density)
         return log_sum(log_w + log_density) - log_sum(log_w)
 
-    if log_w is not None:
-        shape, flat, log_w = flatten_vectors(z, log_w, mean, log_std)
-        return _by_chunks(general, len(mean), flat, log_w).view(shape)
+    shape, flat, log_w = flatten_vectors(z, log_w, mean, log_std)
+    return _by_chunks(general, len(mean), flat, log_w).view(shape)
+
+
+def log_normaliser(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    r"""log sum_k N(z; mu_k, s_k^2 I): the normaliser of the decoder (docs/math.md, eq. 2).
+
+    Shapes, formats and errors are those of `mixture_log_prob`.
+    """
+
+    def general(z: Tensor) -> Tensor:
+        return log_sum(log_component_densities(z, mean, log_std))
+
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
     pairs = near_components(flat, mean, log_std)
