@@ -1,12 +1,12 @@
-"""Samples of models of `tales` by temperature and top-p: known words, repetitions, and ends.
+"""Samples of models by temperature and top-p: known words, repetitions, and ends.
 
-    python examples/spelled_words.py english-small english-small-ar          # ten minutes
+    python examples/spelled_words.py stories stories-ar          # five minutes
 
-A word is a run of letters; it is known if it occurs in the training part of `tales` at least three
-times in any case. The last word of a sample may be cut and is left out. The first rows have the
-words of the validation and test parts. Different 4-grams of words fall where samples repeat
-themselves, and rise where they are short. A text has ended if the model wrote the end of a document
-within 1,024 tokens.
+A word is a run of letters; it is known if it occurs at least three times, in any case, in the
+training part of the text of the first model. The last word of a sample may be cut and is left out.
+The first rows have the words of the validation and test parts. Different 4-grams of words fall
+where samples repeat themselves, and rise where they are short. A text has ended if the model wrote
+the end of a document within its context.
 
 The default of a model is the setting that read best, of those whose samples have at least as large
 shares of known words and of different 4-grams as the validation part (docs/samples.md).
@@ -19,14 +19,12 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 import tarflowlm
-from tarflowlm.data.built_in import Tales
+from tarflowlm.data.sources import resolve_source
 from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint
 
 SAMPLES = 32
-LONG = 1024
-"""Tokens within which a text may end."""
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6)
 TOP_P = (1.0, 0.9, 0.8)
 LEAST = 3
@@ -59,13 +57,14 @@ def row(name: str, setting: str, texts: Sequence[list[str]], known: set[str]) ->
 def main(*names: str) -> None:
     """Prints a table, with the rows of every model in the order in which the rule goes."""
     parts: dict[str, list[list[str]]] = {}
-    for split, document, _ in Tales().pieces():
+    data = tarflowlm.load(names[0]).run.data
+    for split, document, _ in resolve_source(data).pieces():
         parts.setdefault(split, []).append(words_of(document))
     counts = Counter(word for text in parts["train"] for word in text)
     known = {word for word, count in counts.items() if count >= LEAST}
     print("| model | temperature, top-p | known words | different 4-grams |\n|" + " --- |" * 4)
     for split in ("valid", "test"):
-        print(row(f"{split} part of `tales`", "", parts[split], known))
+        print(row(f"{split} part of `{data.source}`", "", parts[split], known))
     for name in names:
         lm = tarflowlm.load(name)
         for temperature, top_p in product(TEMPERATURES, TOP_P):
@@ -73,9 +72,10 @@ def main(*names: str) -> None:
             texts = [words_of(text)[:-1] for batch in batches for text in batch.texts]
             setting = f"{temperature:g}, {top_p:g}"
             print(row(f"`{name}`", setting, texts, known), flush=True)
-        streams = [one for batch in written(lm, LONG, None) for one in batch.streams]
+        streams = [one for batch in written(lm, None, None) for one in batch.streams]
         ended = sum(stream.has_ended for stream in streams)
-        print(f"\n{name} at its default: {ended} of {SAMPLES} texts end within {LONG} tokens\n")
+        within = f"within {lm.config.context} tokens"
+        print(f"\n{name} at its default: {ended} of {SAMPLES} texts end {within}\n")
 
 
 if __name__ == "__main__":
