@@ -1,9 +1,9 @@
 """BLiMP (Warstadt et al. 2020): how often a model gives the better sentence more probability.
 
     git clone https://github.com/alexwarstadt/blimp                        # 67 x 1,000 pairs
-    python benchmarks/blimp.py blimp/data english-small-ar english-small   # two hours
-    python benchmarks/blimp.py blimp/data english-small --samples 1        # 15 minutes
-    python benchmarks/blimp.py blimp/data english-small-ar --pairs 10      # of each paradigm
+    python benchmarks/blimp.py blimp/data stories-ar stories   # two hours
+    python benchmarks/blimp.py blimp/data stories --samples 1        # 15 minutes
+    python benchmarks/blimp.py blimp/data stories-ar --pairs 10      # of each paradigm
 
 A baseline has one value, which is exact. A flow has several: the exact one of block 1 as
 `tarflowlm export --causal-lm` writes it (if the model can be exported, and transformers is there),
@@ -102,7 +102,9 @@ def bound(lm: Pretrained, samples: int) -> Score:
 
 def exported(lm: Pretrained) -> Score:
     """Exact log p of block 1, as transformers computes it of the exported model."""
-    model, start = shapes.exported(lm), lm.config.vocab_size
+    model = shapes.exported(lm)
+    is_qwen3 = model.config.model_type == "qwen3"
+    start = model.config.bos_token_id if is_qwen3 else lm.config.vocab_size
 
     def nats(rows: Tensor) -> Tensor:
         before = torch.full((len(rows), 1), start)

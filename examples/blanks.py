@@ -1,6 +1,6 @@
 """Ten gaps of unknown length in sentences of test tales, filled in by models side by side.
 
-    python examples/blanks.py english-small english-small-ar
+    python examples/blanks.py english-small
 
 Takes the first ten tales of the test split that have a sentence of 46 to 89 characters without
 quotes in their first paragraph, and leaves out two words in its middle. Nothing is selected.

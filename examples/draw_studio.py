@@ -1,4 +1,4 @@
-"""Take the pictures of the studio that the documents show: FOLDER/{infill,passes}.png and
+"""Take the pictures of the studio that the documents show: FOLDER/passes.png and
 FOLDER/studio.
 
     python examples/draw_studio.py [FOLDER]    # docs
@@ -30,7 +30,7 @@ def take(page: Page, out: Path) -> None:
         for text in (*words, "in all"):
             page.locator(".st-view:visible").get_by_text(text).first.wait_for()
 
-    wait("--length 160")
+    wait("--length 256")
     save(page, out / "studio" / "write.png", scale="css")
     page.get_by_role("button", name="Watch passes").click()
     wait("--length 128")
@@ -40,8 +40,6 @@ def take(page: Page, out: Path) -> None:
         page.get_by_role("tab", name=tab.capitalize(), exact=True).click()
         wait(words)
         save(page, out / "studio" / f"{tab}.png", full_page=True, scale="css")
-        if tab == "infill":
-            save(page.locator(".st-card:visible").first, out / "infill.png")
 
 
 def main(folder: str = "docs") -> None:

@@ -35,7 +35,14 @@ PRESETS = {
     "mini-mixd-p2": "--optim.optimizer adamw",
     "mini-passes": "",
 }
-SHIPPED = ("english-mini", "english-mini-ar", "english-passes", "english-small")
+SHIPPED = (
+    "english-mini",
+    "english-mini-ar",
+    "english-passes",
+    "english-small",
+    "stories",
+    "stories-ar",
+)
 USES = (
     "eval --windows 4 --samples 3",
     "score --text the_people_of_his_waters_and",

@@ -1,7 +1,7 @@
 """Two models on the same windows of a text: the difference of their bits per character.
 
-    python -m reproduction.paired english-small english-small-ar tales
-    python -m reproduction.paired english-small english-small-ar my_text.txt 64
+    python -m reproduction.paired stories stories-ar stories
+    python -m reproduction.paired stories stories-ar my_text.txt 64
 
 The last argument is a number of windows, which are evenly spaced. The standard error is that of the
 mean difference over the windows. It describes the choice of text, not that of the seed.

@@ -120,7 +120,7 @@ ENTRIES = {
     },
     "pieces, unlimited": {
         "english-small": "english-small",
-        "english-small-ar": "english-small-ar",
+        "english-small-ar-s0": "english-small-ar",
     },
     "letters, unlimited": {
         "mini-ar-x2-s0": "mini-ar --steps 5200",

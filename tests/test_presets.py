@@ -44,7 +44,7 @@ def depth(name: str) -> int:
     )
 
 
-@pytest.mark.parametrize("family", ["mini", "paper-mini", "english-small", *CORPORA])
+@pytest.mark.parametrize("family", ["mini", "paper-mini", "english-small", "stories", *CORPORA])
 def test_members_of_a_family_differ_by_the_model_alone(family):
     runs = [preset(name) for name in PRESETS if name.startswith(family)]
     # the baseline has no codebook, and how fast one may move depends on whether its coupling is
@@ -62,11 +62,18 @@ def test_members_of_a_family_differ_by_the_model_alone(family):
 
 @pytest.mark.parametrize(
     ("family", "layers"),
-    [("mini", 6), ("paper-mini", 6), ("english-small", 7), ("text8", 12), ("owt", 12)],
+    [
+        ("mini", 6),
+        ("paper-mini", 6),
+        ("english-small", 7),
+        ("stories", 7),
+        ("text8", 12),
+        ("owt", 12),
+    ],
 )
 def test_members_of_a_family_have_one_depth(family, layers):
     depths = {name: depth(name) for name in PRESETS if name.startswith(family)}
-    assert len(depths) >= (2 if family == "english-small" else 4)
+    assert len(depths) >= (2 if family in ("english-small", "stories") else 4)
     deeper = {"mini-mixd-deep": layers + 2} if family == "mini" else {}
     assert depths == dict.fromkeys(depths, layers) | deeper
 

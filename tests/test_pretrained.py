@@ -220,7 +220,7 @@ def test_training_in_a_line_returns_the_model(tmp_path, corpus_file):
 @pytest.mark.slow
 def test_spaces_belong_to_the_token_after_them():
     """One before a blank, or at the end of a prompt, is that of the token to be drawn."""
-    small = tarflowlm.load("english-small")
+    small = tarflowlm.load("stories")
     apart, joined = (small.fill(text) for text in ("The _ of the _ tree", "The_ of the_ tree"))
     assert apart == joined
     assert small.write("The king", length=6, seed=7).startswith("The king,")

@@ -39,7 +39,7 @@ def test_pairs_are_read_and_equal_values_are_wrong(script, table, tmp_path):
     # a model of 27 letters reads both sentences of the last pair as the same text
     (score,) = blimp.scores_of(load("english-mini-ar"), [1]).values()
     assert blimp.verdicts(pairs, score)[-1] is False
-    (score,) = blimp.scores_of(load("english-small-ar"), [1]).values()
+    (score,) = blimp.scores_of(load("stories-ar"), [1]).values()
     assert blimp.verdicts(pairs[:2], score) == [True, True]
 
 
@@ -49,7 +49,7 @@ def test_a_flow_has_an_exact_value_and_bounds(script, table):
     blimp = script("benchmarks/blimp")
     pairs = blimp.read_pairs(table, None)
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
-    exact, one, many = blimp.scores_of(load("english-small"), [1, 4]).values()
+    exact, one, many = blimp.scores_of(load("stories"), [1, 4]).values()
     values = torch.tensor([exact(texts), one(texts), many(texts)])
     assert (values[2] >= values[1] - 0.5).all()
     # block 1 with sharp codes is a language model: its bound is nearly tight

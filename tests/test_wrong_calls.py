@@ -179,7 +179,7 @@ CALLS = [*(call for call, _ in REFUSED), *ACCEPTED]
 SCRIPT = f"""
 import copy, numpy as np, torch, tarflowlm
 from tarflowlm import elbo, evaluate, generate, importance_weighted_bound
-lm, small = tarflowlm.load("english-mini"), tarflowlm.load("english-small")
+lm, small = tarflowlm.load("english-mini"), tarflowlm.load("stories")
 flow, tokenizer = lm
 baseline, _ = tarflowlm.load("english-mini-ar")
 tokens = torch.from_numpy(tokenizer.encode("the cat sat "))

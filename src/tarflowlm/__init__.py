@@ -4,7 +4,7 @@ The paper is arXiv 2507.00425.
 
 import tarflowlm
 
-lm = tarflowlm.load("english-small")    # a shipped model, a run directory, or hf:OWNER/NAME
+lm = tarflowlm.load("stories")    # a shipped model, a run directory, or hf:OWNER/NAME
 lm.write("The old king", length=60, temperature=0.8)    # also lm.stream, piece by piece
 lm.fill("The _ ran into the _")                             # blanks anywhere
 lm.edit("The fox ran into the wood", words=1)               # words resampled given all others

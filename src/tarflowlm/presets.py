@@ -86,8 +86,8 @@ def _stories(name: str) -> RunConfig:
         small,
         model=replace(small.model, trunk=trunk),
         data=DataConfig(source="stories", tokenizer=pieces),
-        train=replace(small.train, stage_steps=(20_000,)),
-        # eight passes over so many stories want hardly any (docs/log.md)
+        train=replace(small.train, stage_steps=(5_000,)),
+        # two passes over so many stories want hardly any (docs/log.md)
         optim=replace(small.optim, weight_decay=0.0125),
     )
 
@@ -230,7 +230,7 @@ PRESETS = {
         _quickstart,
     ),
     "stories": Preset(
-        "Short stories in the words of a four-year-old: eight hours of one fast CPU core.",
+        "Short stories in the words of a four-year-old: an hour and a half of one CPU core.",
         _stories,
     ),
     "stories-ar": Preset(

@@ -79,7 +79,7 @@ def using_model(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[
 class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
     """A model with its tokenizer, as `load` returns it: a pair of both.
 
-        model, tokenizer = tarflowlm.load("english-small")
+        model, tokenizer = tarflowlm.load("stories")
         lm = Pretrained(model, tokenizer)  # also a model from a training loop of your own
 
     Texts are read as the model's training text was (`data.prompts.read`): a model of the 27 letters
@@ -302,7 +302,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
 
 @overload
 def load(
-    directory: Literal["english-small", "english-mini", "english-passes"],
+    directory: Literal["stories", "english-small", "english-mini", "english-passes"],
     device: str | torch.device = ...,
 ) -> Pretrained[TarFlowLM]: ...
 

@@ -300,7 +300,7 @@ def test_several_texts_are_compared(run_json, run, models, monkeypatch):
 
 
 def test_a_character_of_several_tokens_is_shown_whole(run, run_json):
-    argv = ["score", "english-small-ar", "--text", "The müller"]
+    argv = ["score", "stories-ar", "--text", "The müller"]
     lines = dict(line.split("\t") for line in run(*argv).out.splitlines()[1:] if "\t" in line)
     tokens = run_json(*argv)["tokens"]
     last = [one["text"] for one in tokens].index("ü")

@@ -204,7 +204,7 @@ def _check_open(model: LanguageModel, num_tokens: int, lead: int) -> None:
     if config.patch > 1 or not config.has_token_weights:
         found = f"patch {config.patch}" if config.patch > 1 else config.describe(0)
         needed = "one token per position and weights of tokens in block 1"
-        raise UserError(f"{found}: {rule} {needed}; use another model, such as english-small")
+        raise UserError(f"{found}: {rule} {needed}; use another model, such as stories")
     if num_tokens > config.context:
         most = f"at most the context of {config.context} tokens"
         raise UserError(f"length {num_tokens - lead}: {rule} {most}; shorten the text or its gaps")

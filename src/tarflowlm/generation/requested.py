@@ -237,5 +237,5 @@ def count_of(request: Writing, lm: Checkpoint) -> Count | None:
     signs = b"".join(lm.tokenizer.token_bytes)
     if unit == "sentences" and b"." not in signs:
         what = f"sentences {number}: the alphabet of this model has no full stop"
-        raise UserError(f"{what}; count words, or take another model, such as english-small")
+        raise UserError(f"{what}; count words, or take another model, such as stories")
     return Count(unit, number, has_capitals=signs != signs.lower())

@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
 
 
 FOLDER = Path(__file__).parent / "released"
-DEFAULT = "english-small"
+DEFAULT = "stories"
 
 
 def released() -> list[str]:

@@ -167,8 +167,11 @@ class Answer:
         count = ask.n * len(self.prompts)
         if count > most:
             raise UserError(f"{count:,} texts in all: ask for at most {most:,} in one request")
-        # the tokenizer of `export --causal-lm` puts the start of a text before it
-        self.starts = [one[:1] == (self.tokenizer.vocab_size,) for one in self.prompts]
+        # the tokenizer of `export --causal-lm` puts the start of a text before it: a number of its
+        # own, or of a Qwen3 the byte 255, which no text has
+        starts = {self.tokenizer.vocab_size}
+        starts.update(at for at, token in enumerate(self.tokenizer.token_bytes) if token == b"\xff")
+        self.starts = [one[0] in starts if one else False for one in self.prompts]
         self.given: list[Tensor] = []
         """The tokens of the prompts, once they are read."""
         self.samples: Samples | None = None

@@ -34,20 +34,20 @@ REFRESH = 4.0  # seconds between two looks at the folders of runs
 DRAWN = 6  # runs that are drawn at first
 
 EXAMPLES = (
-    # a tale that comes to its end
-    ("Begin a tale", "english-small", "Once upon a time there was", 160, 32),
+    # a story that comes to its end
+    ("Begin a story", "stories", "One day, Ben", 256, 4),
     # a text in which block 1 fills in all of eight gaps
     ("Watch passes", "english-passes", "one day the king ", 128, 24),
-    ("Fill in blanks", "english-small", "The old _ sat by the _ and told the _ a story.", 96, 0),
+    ("Fill in blanks", "stories", "The little _ sat by the _ and gave the _ a hug.", 96, 0),
 )
 """Label, model, text, length and seed of each; the page begins with the first."""
 ONE_EACH = "Put _ where the model should choose one token: a word, a part of one, or a letter"
-GAPS = "Once there was [...] who lived in the [...] forest."
+GAPS = "Lily was afraid of [...]. One day, [...40] and Lily was never afraid again."
 BLANKS = "the old ____ lived in the ______ by the sea"
-SENTENCE = "The old woman gave the boy a golden apple."
-TALE = (
-    "Once upon a time there was a king who had three sons, and the youngest of them was so kind "
-    "that the birds sat on his hand."
+SENTENCE = "Tom had a red ball. He loved his red ball."
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She had a small dog, and the dog was "
+    "so kind that the birds sat on his nose."
 )
 
 
@@ -211,7 +211,7 @@ def _edit(catalogue: Catalogue) -> None:
         last: Asked = {}
         with gr.Tab("Rewrite"):
             words = gr.Textbox(
-                "a golden apple",
+                "a red ball",
                 label="Words to rewrite",
                 info="Whole words, separated by commas. The rest is kept.",
             )
@@ -267,7 +267,7 @@ def _score(catalogue: Catalogue) -> None:
             multiselect=True,
             max_choices=MODELS,
         )
-        text = gr.Textbox(label="Text", value=TALE, lines=4, max_lines=12)
+        text = gr.Textbox(label="Text", value=STORY, lines=4, max_lines=12)
         ask = _buttons("Score", has_seed=False)
         view = partial(compare, catalogue)
         _ask(ask, view, [models, text], out, [text.submit], arrival=arrival)

@@ -100,5 +100,5 @@ def _first_run() -> str:
         muted("This trains a small model on short stories, in five minutes:"),
         asked(["tarflowlm", "quickstart"]),
         muted("And this opens the page with it, also while it trains:"),
-        asked(["tarflowlm", "studio", "english-small", "runs"]),
+        asked(["tarflowlm", "studio", "stories", "runs"]),
     )

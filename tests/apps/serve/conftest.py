@@ -18,4 +18,4 @@ def fixture_of(model: str):
 twin = fixture_of("english-mini-ar")
 flow = fixture_of("english-mini")
 passes = fixture_of("english-passes")
-pieces = fixture_of("english-small-ar")  # its tokens hold the space before a word
+pieces = fixture_of("stories-ar")  # its tokens hold the space before a word

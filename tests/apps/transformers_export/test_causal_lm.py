@@ -157,7 +157,7 @@ def test_tokens_behind_a_cache_need_those_before_them(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["english-small", "english-mini"])
+@pytest.mark.parametrize("name", ["stories", "english-small", "english-mini"])
 def test_texts_become_the_same_tokens(name, tmp_path):
     import transformers
 
@@ -168,7 +168,7 @@ def test_texts_become_the_same_tokens(name, tmp_path):
     for text in (people, " Once upon a ", '"Hi," 12 said. ', "3 cats", "\n\na"):
         ids = tokenizer(text).input_ids
         ours = lm.encode(text).tolist()
-        assert ids == [lm.config.vocab_size, *ours]
+        assert ids == [tokenizer.convert_tokens_to_ids("<|start|>"), *ours]
         assert tokenizer.decode(ids, skip_special_tokens=True) == lm.decode(ours)
     assert tokenizer.model_max_length == lm.config.context
 
