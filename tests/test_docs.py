@@ -291,3 +291,11 @@ def test_every_equation_has_a_number_of_its_own():
     tags = re.findall(r"\\tag\{(\w+)\}", text)
     assert len(tags) > 30
     assert len(tags) == len(set(tags))
+
+
+def test_every_promise_has_its_test():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 30
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
