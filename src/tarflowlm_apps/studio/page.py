@@ -42,7 +42,7 @@ EXAMPLES = (
 )
 """Label, model, text, length and seed of each; the page begins with the first."""
 ONE_EACH = "Put _ where the model should choose one token: a word, a part of one, or a letter"
-GAPS = "Lily was afraid of [...]. One day, [...40] and Lily was never afraid again."
+GAPS = "One day, Lily found [...] in the garden. She wanted to [...] with it."
 BLANKS = "the old ____ lived in the ______ by the sea"
 SENTENCE = "Tom had a red ball. He loved his red ball."
 STORY = (
