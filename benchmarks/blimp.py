@@ -1,7 +1,7 @@
 """BLiMP (Warstadt et al. 2020): how often a model gives the better sentence more probability.
 
     git clone https://github.com/alexwarstadt/blimp                        # 67 x 1,000 pairs
-    python benchmarks/blimp.py blimp/data stories-ar stories   # two hours
+    python benchmarks/blimp.py blimp/data stories-ar stories         # two hours
     python benchmarks/blimp.py blimp/data stories --samples 1        # 15 minutes
     python benchmarks/blimp.py blimp/data stories-ar --pairs 10      # of each paradigm
 
@@ -103,11 +103,9 @@ def bound(lm: Pretrained, samples: int) -> Score:
 def exported(lm: Pretrained) -> Score:
     """Exact log p of block 1, as transformers computes it of the exported model."""
     model = shapes.exported(lm)
-    is_qwen3 = model.config.model_type == "qwen3"
-    start = model.config.bos_token_id if is_qwen3 else lm.config.vocab_size
 
     def nats(rows: Tensor) -> Tensor:
-        before = torch.full((len(rows), 1), start)
+        before = torch.full((len(rows), 1), model.config.bos_token_id)
         logits = model(torch.cat((before, rows[:, :-1]), 1)).logits
         return -logits.log_softmax(-1).gather(-1, rows[..., None])[..., 0]
 

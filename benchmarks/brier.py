@@ -1,6 +1,6 @@
 """BrierLM (Shao et al. 2025, arXiv 2510.27688): a score of two samples, without likelihoods.
 
-    python benchmarks/brier.py stories-ar stories          # 4,096 contexts
+    python benchmarks/brier.py stories-ar stories                        # 4,096 contexts
     python benchmarks/brier.py english-mini-ar english-mini --contexts 256
     python benchmarks/brier.py english-mini-ar --peers runs/peers      # and the models of peers.py
 

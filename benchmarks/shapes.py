@@ -147,7 +147,7 @@ def continued(model: nn.Module, first: Tensor, length: int, vocab_size: int) -> 
 
 
 def exported(lm: Any) -> Any:
-    """Block 1 of `lm` as a model of transformers. It begins with the token after the vocabulary."""
+    """Block 1 of `lm` as a model of transformers. A text begins with `config.bos_token_id`."""
     from transformers import AutoModelForCausalLM
 
     with TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def writers(lm: Any, assistant: str | None, length: int) -> dict[str, tuple[nn.M
     device = lm.model.device
 
     def write(model: Any, options: dict[str, Any]) -> Tensor:
-        # an exported model has a start token after those of the vocabulary
+        # a text of an exported model begins with its start token
         start = torch.tensor([[model.config.bos_token_id]], device=device)
         found = model.generate(start, **options)
         assert found.shape == (1, length + 1)

@@ -8,19 +8,18 @@ as in the studio. It needs the extra `plots`.
 
 import sys
 import textwrap
-from collections import defaultdict
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
 import tarflowlm
 from tarflowlm.generation.texts import Samples
 from tarflowlm.model import LanguageModel
 from tarflowlm.pretrained import Pretrained
 from tarflowlm.requests import Writing
+from tarflowlm_apps.studio.write import shares_of, weights_of
 
 STORY = (
     "One day, Lily found ",
@@ -40,16 +39,10 @@ def fillings(lm: Pretrained[LanguageModel], place: int) -> list[tuple[str, float
     """The likeliest words for the gap at `place`, with their shares."""
     before, after = "".join(STORY[:place]), "".join(STORY[place + 1 :])
     request = Writing(template=f"{before}[...]{after}", num=TRIES, particles=PARTICLES)
-    log_evidence, found = [], []
-    for batch in Samples(request, lm).batches():
-        evidence = batch.generation.evidence
-        assert evidence is not None
-        log_evidence += evidence.log_evidence.tolist()
-        found += [text.removeprefix(before).removesuffix(after).strip() for text in batch.texts]
-    shares: dict[str, float] = defaultdict(float)
-    for words, weight in zip(found, torch.tensor(log_evidence).softmax(0).tolist(), strict=True):
-        shares[words] += weight
-    return sorted(shares.items(), key=lambda pair: -pair[1])[:SHOWN]
+    batches = list(Samples(request, lm).batches())
+    texts = (text for batch in batches for text in batch.texts)
+    found = (text.removeprefix(before).removesuffix(after).strip() for text in texts)
+    return shares_of(found, weights_of(batches))[:SHOWN]
 
 
 def main(name: str = "stories", out: str = "stories.png") -> None:

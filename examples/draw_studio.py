@@ -1,7 +1,6 @@
-"""Take the pictures of the studio that the documents show: FOLDER/passes.png and
-FOLDER/studio.
+"""Take the pictures of the studio that the documents show.
 
-    python examples/draw_studio.py [FOLDER]    # docs
+    python examples/draw_studio.py [FOLDER]    # docs/studio
 
 It needs the extra `studio`, playwright and Chromium.
 """
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 TABS = {"infill": "independent tries", "edit": "tokens changed", "score": "bits per character"}
 """What a finished view shows, which appears when its tab is opened."""
 
 
-def save(shown: Page | Locator, path: Path, **options: Any) -> None:
-    """A picture of a page or of one element, in few colours."""
+def save(shown: Page, path: Path, **options: Any) -> None:
+    """A picture of a page, in few colours."""
     shown.screenshot(path=path, animations="disabled", **options)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
@@ -31,18 +30,17 @@ def take(page: Page, out: Path) -> None:
             page.locator(".st-view:visible").get_by_text(text).first.wait_for()
 
     wait("--length 256")
-    save(page, out / "studio" / "write.png", scale="css")
+    save(page, out / "write.png", scale="css")
     page.get_by_role("button", name="Watch passes").click()
     wait("--length 128")
-    save(page.locator(".st-card:visible").first, out / "passes.png")
-    save(page, out / "studio" / "passes.png", scale="css")
+    save(page, out / "passes.png", scale="css")
     for tab, words in TABS.items():
         page.get_by_role("tab", name=tab.capitalize(), exact=True).click()
         wait(words)
-        save(page, out / "studio" / f"{tab}.png", full_page=True, scale="css")
+        save(page, out / f"{tab}.png", full_page=True, scale="css")
 
 
-def main(folder: str = "docs") -> None:
+def main(folder: str = "docs/studio") -> None:
     command = [sys.executable, "-m", "tarflowlm", "studio", "--no-browser"]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as studio,

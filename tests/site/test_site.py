@@ -24,7 +24,7 @@ def hooks():
     [
         # pages and pictures of the site
         ("docs/math.md#symbols", "README.md", "index.md", "math.md#symbols"),
-        ("docs/passes.png", "README.md", "index.md", "passes.png"),
+        ("docs/stories.png", "README.md", "index.md", "stories.png"),
         ("../reproduce.md", "docs/reproduce/fig2.md", "reproduce/fig2.md", "../reproduce.md"),
         ("fig2.png", "docs/reproduce/fig2.md", "reproduce/fig2.md", "../reproduce/fig2.png"),
         ("../CONTRIBUTING.md", "docs/log.md", "log.md", "contributing.md"),

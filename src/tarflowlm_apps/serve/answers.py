@@ -167,11 +167,7 @@ class Answer:
         count = ask.n * len(self.prompts)
         if count > most:
             raise UserError(f"{count:,} texts in all: ask for at most {most:,} in one request")
-        # the tokenizer of `export --causal-lm` puts the start of a text before it: a number of its
-        # own, or of a Qwen3 the byte 255, which no text has
-        starts = {self.tokenizer.vocab_size}
-        starts.update(at for at, token in enumerate(self.tokenizer.token_bytes) if token == b"\xff")
-        self.starts = [one[0] in starts if one else False for one in self.prompts]
+        self.starts = [self._has_start(one) for one in self.prompts]
         self.given: list[Tensor] = []
         """The tokens of the prompts, once they are read."""
         self.samples: Samples | None = None
@@ -180,6 +176,16 @@ class Answer:
         self.new = 0
         """New tokens of finished choices."""
         self.progress = Waiting()
+
+    def _has_start(self, prompt: str | tuple[int, ...]) -> bool:
+        """Whether tokens begin with the start of a text, as those of `export --causal-lm` do.
+
+        It has a number of its own, or in a Qwen3 that of the byte 255, which no text has.
+        """
+        if not prompt or isinstance(prompt, str):
+            return False
+        first, tokens = prompt[0], self.tokenizer.token_bytes
+        return first == len(tokens) or (0 <= first < len(tokens) and tokens[first] == b"\xff")
 
     def _read(self) -> None:
         """Read the prompts. UserError for what the model cannot do."""

@@ -212,9 +212,9 @@ def infill(
     with_blanks = pieces.unfinished([Token(text_with_blanks)])
     job = Job("trying", samples.num_tokens)
     batches = yield from job.follow(lambda: list(samples.batches(job)), lambda: with_blanks)
-    weights = _weights(batches)
+    weights = weights_of(batches)
     choices = ""
-    for tokens, share in _shares(_fillings(samples, batches), weights):
+    for tokens, share in shares_of(_fillings(samples, batches), weights):
         number = div("st-share", f"<b>{share:.0%}</b>", pieces.bar(share))
         choices += div("st-choice", number, div("", pieces.stage(tokens)))
     numbers = pieces.facts((f"{plan.particles:,}", "particles per try"), pieces.took(job.seconds))
@@ -261,7 +261,7 @@ def offer(catalogue: Catalogue, writer: object, text: object) -> pieces.Pages:
     job = Job(f"{model} looks for words that fit", samples.num_tokens)
     around = partial(pieces.offers, f"{writer}\n{values.text(text)}")
     batches = yield from job.follow(lambda: list(samples.batches(job)), str, around)
-    weights = _weights(batches)
+    weights = weights_of(batches)
     words = [
         "".join(token.symbol for token in tokens if token.kind != "given").strip()
         for tokens in _fillings(samples, batches)
@@ -269,7 +269,7 @@ def offer(catalogue: Catalogue, writer: object, text: object) -> pieces.Pages:
     found = "".join(
         f'<button type="button" class="st-word" data-word="{escape(word)}">'
         f"{escape(word)} <b>{share:.0%}</b></button>"
-        for word, share in _shares(words, weights)
+        for word, share in shares_of(words, weights)
         if word
     )
     yield around(
@@ -279,7 +279,7 @@ def offer(catalogue: Catalogue, writer: object, text: object) -> pieces.Pages:
     )
 
 
-def _shares(found: Iterable[T], weights: Tensor) -> list[tuple[T, float]]:
+def shares_of(found: Iterable[T], weights: Tensor) -> list[tuple[T, float]]:
     """Equal candidates are one, whose weights add up; the heaviest first."""
     shares: dict[T, float] = defaultdict(float)
     for one, weight in zip(found, weights.tolist(), strict=True):
@@ -326,7 +326,7 @@ def _lengths(batches: list[Written], weights: Tensor) -> Iterator[str]:
         yield pieces.folded("How long the gaps may be", pieces.muted(words), charts)
 
 
-def _weights(batches: list[Written]) -> Tensor:
+def weights_of(batches: list[Written]) -> Tensor:
     """The weight of every try: equal if nothing is given, or if all evidence is zero."""
     evidence = []
     for batch in batches:
